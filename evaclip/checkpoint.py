@@ -1,0 +1,161 @@
+"""Checkpoints that are whole or not there at all.
+
+    checkpoints/step_00000300/{model,optimizer}.safetensors, state.json, manifest.json
+
+A checkpoint is written to a folder of another name, every file is flushed to the disk, the manifest with the SHA-256
+of each file comes last, and then the folder gets its name. Loading hashes everything again, because neither torch.save
+nor safetensors notices a flipped bit; a damaged checkpoint is named and the one before it is used. No pickle anywhere.
+"""
+
+import hashlib
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from evaclip.errors import CheckpointError, InputError
+from evaclip.log import say
+
+VERSION = 1
+MANIFEST = "manifest.json"
+STATE = "state.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """When the state of the run is saved."""
+
+    every: int = 500
+    """Steps between two checkpoints; there is always one at the end."""
+    keep: int = 3
+    """How many of the newest to keep, at least 2."""
+
+    def __post_init__(self) -> None:
+        if self.keep < 2:
+            raise InputError("--checkpoint.keep must be at least 2: the newest may be damaged")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint that has been read and found whole."""
+
+    path: Path
+    step: int
+    tensors: dict[str, dict[str, Tensor]]
+    """By kind, `model` and `optimizer`, then by name."""
+    record: dict[str, Any]
+    """Everything that is not a tensor."""
+
+
+def save(folder: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]], record: Mapping[str, Any]) -> Path:
+    """Write the checkpoint of a step. Raises InputError when the disk will not take it; older ones stay as they are."""
+    final = _path(folder, step)
+    temporary = final.with_name(f"{final.name}.tmp-{secrets.token_hex(4)}")
+    try:
+        temporary.mkdir(parents=True)
+        for kind, named in tensors.items():
+            save_file(
+                {name: value.detach().contiguous().cpu() for name, value in named.items()}, _file(temporary, kind)
+            )
+        (temporary / STATE).write_text(json.dumps({"version": VERSION, "step": step} | dict(record)))
+        files = {path.name: _described(path) for path in sorted(temporary.iterdir())}
+        (temporary / MANIFEST).write_text(json.dumps({"version": VERSION, "step": step, "files": files}, indent=1))
+        for path in temporary.iterdir():
+            _flush(path)
+        _flush(temporary)
+        if final.exists():  # the same step again, after a restart from an older one
+            shutil.rmtree(final)
+        temporary.rename(final)
+        _flush(folder)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise InputError(
+            f"the checkpoint of step {step:,} cannot be written to {folder} ({reason}); older checkpoints are untouched"
+        ) from None
+    return final
+
+
+def load(path: Path, kinds: Sequence[str] | None = None) -> Checkpoint:
+    """Read one checkpoint, or only some kinds of its tensors.
+
+    Raises CheckpointError, with the file's name, for anything that is not as it was written.
+    """
+    try:
+        manifest = json.loads((path / MANIFEST).read_text())
+        files = manifest["files"]
+        with ThreadPoolExecutor(4) as pool:
+            found = dict(zip(files, pool.map(lambda name: _described(path / name), files), strict=True))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path}: {error}") from None
+    for name, described in files.items():
+        if found[name] != described:
+            raise CheckpointError(f"{path / name} is not the file that was written: its SHA-256 or size differs")
+    if manifest["version"] != VERSION or manifest["step"] != _step(path):
+        raise CheckpointError(f"{path / MANIFEST} is of another step or version")
+    record = json.loads((path / STATE).read_text())
+    stored = [Path(name).stem for name in files if name.endswith(".safetensors")]
+    tensors = {kind: load_file(_file(path, kind)) for kind in stored if kinds is None or kind in kinds}
+    return Checkpoint(path, record["step"], tensors, record)
+
+
+def newest(folder: Path, kinds: Sequence[str] | None = None) -> Checkpoint | None:
+    """The newest whole checkpoint, passing over damaged ones aloud; None if there has never been one.
+
+    Raises CheckpointError when there are checkpoints and none is whole.
+    """
+    reasons = []
+    for path in reversed(_paths(folder)):
+        try:
+            return load(path, kinds)
+        except CheckpointError as error:
+            reasons.append(str(error))
+            say(f"passing over a damaged checkpoint: {error}")
+    if reasons:
+        raise CheckpointError(f"none of the {len(reasons)} checkpoints in {folder} is whole; the newest: {reasons[0]}")
+    return None
+
+
+def prune(folder: Path, keep: int) -> None:
+    """Delete all but the newest `keep` checkpoints, and what interrupted saves left behind."""
+    for path in [*_paths(folder)[:-keep], *folder.glob("step_*.tmp-*")]:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _paths(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.glob("step_*") if path.name.removeprefix("step_").isdigit())
+
+
+def _path(folder: Path, step: int) -> Path:
+    return folder / f"step_{step:08}"
+
+
+def _step(path: Path) -> int:
+    return int(path.name.removeprefix("step_"))
+
+
+def _file(folder: Path, kind: str) -> Path:
+    return folder / f"{kind}.safetensors"
+
+
+def _described(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+def _flush(path: Path) -> None:
+    """Ask the disk to have a file, or a folder's list of files, for good."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

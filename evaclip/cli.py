@@ -1,0 +1,137 @@
+"""The command line: a verb finds its function, nothing else."""
+
+import errno
+import sys
+from collections.abc import Callable, Sequence
+
+from evaclip.errors import InputError, did_you_mean
+
+USAGE = """evaclip: train CLIP models bootstrapped from EVA, and score them zero-shot
+
+  evaclip quickstart                         the whole job on handwritten digits, in minutes
+  evaclip recipes [NAME]                     the named runs; with a name, all of its fields
+  evaclip train RECIPE [--field.sub VALUE]   run one, or continue it with --resume auto
+  evaclip zeroshot --dataset D --model RUN   score a trained model
+  evaclip data caption RECIPE ...            a labelled data set as image-text shards
+  evaclip doctor                             versions, devices, attention kernels, what is missing
+
+Each verb explains its fields with --help.
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a verb. Returns the exit status; an error for the user is one sentence on standard error."""
+    verb, *rest = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    if verb in ("--help", "-h", "help"):
+        print(USAGE, end="")
+        return 0
+    try:
+        if verb not in VERBS:
+            raise InputError(f"evaclip has no verb {verb!r}; {did_you_mean(verb, VERBS)}")
+        return VERBS[verb](rest) or 0
+    except InputError as error:
+        from evaclip.log import redacted
+
+        print(redacted(f"evaclip: {error}"), file=sys.stderr)
+        return error.exit_status
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+            raise
+        where = f" ({error.filename})" if error.filename else ""
+        print(f"evaclip: {error.strerror}{where}; what was saved before is untouched", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("evaclip: interrupted", file=sys.stderr)
+        return 130
+
+
+def train(arguments: list[str]) -> int:
+    """`evaclip train RECIPE [--field.sub value]`."""
+    import tyro
+
+    from evaclip.config import RunConfig
+    from evaclip.recipes import RECIPES, recipe_named
+    from evaclip.train import train as run
+
+    if not arguments or arguments[0].startswith("-"):
+        known = "\n".join(f"  {name}" for name in RECIPES)
+        print(f"usage: evaclip train RECIPE [--field.sub value]; each recipe lists its fields with --help\n{known}")
+        return 0 if arguments and arguments[0] in ("--help", "-h") else 2
+    recipe = recipe_named(arguments[0])
+    config = tyro.cli(
+        RunConfig,
+        default=recipe(),
+        args=arguments[1:],
+        prog=f"evaclip train {arguments[0]}",
+        description=recipe.__doc__,
+    )
+    outcome = run(config)
+    if outcome.stopped_by is None:
+        print(f"done: {outcome.step:,} steps, {config.run_dir}")
+        return 0
+    again = [word for word in arguments if word not in ("--resume", "auto", "never")]
+    print(
+        f"stopped by {outcome.stopped_by} at step {outcome.step:,}, everything is saved; continue with\n"
+        f"  evaclip train {' '.join(again)} --resume auto"
+    )
+    return 130 if outcome.stopped_by == "SIGINT" else 143
+
+
+def recipes(arguments: list[str]) -> None:
+    """`evaclip recipes [NAME]`."""
+    import inspect
+
+    from evaclip.config import described
+    from evaclip.recipes import RECIPES, recipe_named
+
+    if arguments:
+        recipe = recipe_named(arguments[0])
+        print(inspect.getdoc(recipe), *described(recipe()), sep="\n")
+        return
+    for name, recipe in RECIPES.items():
+        print(f"{name}\n    {(inspect.getdoc(recipe) or '').splitlines()[0]}")
+
+
+def zeroshot(arguments: list[str]) -> None:
+    """`evaclip zeroshot`."""
+    import tyro
+
+    from evaclip.evaluate import ZeroShotCommand, run_zero_shot
+
+    run_zero_shot(tyro.cli(ZeroShotCommand, args=arguments, prog="evaclip zeroshot"))
+
+
+def data(arguments: list[str]) -> None:
+    """`evaclip data VERB`."""
+    import tyro
+
+    if not arguments or arguments[0] != "caption":
+        raise InputError(f"evaclip data knows the verb caption; {did_you_mean((arguments or [''])[0], ['caption'])}")
+    from evaclip.curate.caption import CaptionCommand, caption
+
+    command = tyro.cli(CaptionCommand, args=arguments[1:], prog="evaclip data caption")
+    paths = caption(command.recipe, command.data, command.out)
+    print(f"{len(paths)} shards in {command.out}")
+
+
+def quickstart(arguments: list[str]) -> None:
+    """`evaclip quickstart`."""
+    import tyro
+
+    from evaclip.quickstart import QuickstartCommand, run_quickstart
+
+    run_quickstart(tyro.cli(QuickstartCommand, args=arguments, prog="evaclip quickstart"))
+
+
+def doctor(arguments: list[str]) -> None:
+    """`evaclip doctor`."""
+    from evaclip.doctor import doctor as run
+
+    if arguments:
+        raise InputError("evaclip doctor takes no arguments")
+    run()
+
+
+VERBS: dict[str, Callable[[list[str]], int | None]] = {
+    verb.__name__: verb for verb in (quickstart, recipes, train, zeroshot, data, doctor)
+}

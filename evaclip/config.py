@@ -1,0 +1,97 @@
+"""The configuration of a run: the parts' own configurations, put together, printed and stored."""
+
+import json
+from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from evaclip.checkpoint import CheckpointConfig
+from evaclip.data.shards import DataConfig
+from evaclip.engine import EngineConfig
+from evaclip.errors import CheckpointError, near_path
+from evaclip.evals.zero_shot import ZeroShotConfig
+from evaclip.log import LogConfig
+from evaclip.models.shapes import ClipShape
+from evaclip.objectives.clip import ClipConfig
+from evaclip.optim import OptimConfig
+from evaclip.records import structured
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig:
+    """Benchmarks beside the training."""
+
+    every: int = 0
+    """Steps between two evaluations; 0 evaluates at the end only."""
+    zero_shot: tuple[ZeroShotConfig, ...] = ()
+    """The benchmarks."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """A training run."""
+
+    name: str
+    """What the run is called."""
+    run_dir: Path
+    """Folder of its configuration, logs, checkpoints, scores and report."""
+    steps: int
+    """Optimizer steps of the whole run."""
+    batch_size: int
+    """Image-text pairs of a step, over all devices."""
+    seed: int = 0
+    """Decides initialisation, order, crops and masks."""
+    resume: Literal["never", "auto"] = "never"
+    """`auto` continues the run in run_dir if there is one."""
+    allow_data_change: bool = False
+    """Resume although the shards are not those of the checkpoint."""
+    model: ClipShape
+    """The towers."""
+    data: DataConfig
+    """The pairs."""
+    objective: ClipConfig = field(default_factory=ClipConfig)
+    """What is optimised."""
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    """How it is optimised."""
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    """Device and precision."""
+    evals: EvalConfig = field(default_factory=EvalConfig)
+    """Benchmarks beside the training."""
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    """When the state is saved."""
+    log: LogConfig = field(default_factory=LogConfig)
+    """What is logged."""
+
+
+def load_config(run_dir: Path) -> RunConfig:
+    """The configuration of a run from its folder. Raises CheckpointError if it is no run."""
+    path = run_dir / "config.json"
+    if not run_dir.is_dir():
+        raise CheckpointError(f"the run {run_dir} does not exist; {near_path(run_dir)}")
+    try:
+        record = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{run_dir} is not the folder of a run: {error}") from None
+    return structured(record, RunConfig, path)
+
+
+def differences(before: Any, now: Any, prefix: str = "") -> list[str]:
+    """The fields in which two configurations differ, as `field: old -> new`."""
+    if is_dataclass(before) and type(before) is type(now):
+        found = []
+        for part in fields(before):
+            found += differences(getattr(before, part.name), getattr(now, part.name), f"{prefix}{part.name}.")
+        return found
+    return [] if before == now else [f"{prefix[:-1]}: {before} -> {now}"]
+
+
+def described(config: Any, indent: int = 0) -> list[str]:
+    """The configuration as indented lines."""
+    lines = []
+    for part in fields(config):
+        value = getattr(config, part.name)
+        if is_dataclass(value):
+            lines += [f"{'  ' * indent}{part.name}:", *described(value, indent + 1)]
+        else:
+            lines.append(f"{'  ' * indent}{part.name}: {value}")
+    return lines

@@ -1,0 +1,212 @@
+"""One small index per shard: where each sample's image and caption lie, and a hash of the whole file.
+
+Indexes are made once, in parallel, and kept in a folder `.evaclip` beside the shards. Later runs look only at sizes
+and modification times. Together the heads of all shards give the fingerprint of the data, which every checkpoint
+carries: a run never continues on other data without being told to.
+"""
+
+import hashlib
+import io
+import json
+import os
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path, PurePosixPath
+
+import braceexpand
+import numpy as np
+
+from evaclip.data.tar import DamagedTarError, members
+from evaclip.errors import InputError, did_you_mean
+from evaclip.log import progress
+
+VERSION = 1
+FOLDER = ".evaclip"
+IMAGE_SUFFIXES = frozenset({"jpg", "jpeg", "png", "webp"})
+CAPTION_SUFFIX = "txt"
+
+
+@dataclass(frozen=True)
+class ShardHead:
+    """What identifies a shard, and how many samples it has."""
+
+    path: str
+    bytes: int
+    sha256: str
+    samples: int
+
+    @property
+    def name(self) -> str:
+        """The file's name without its folder: a data set may move."""
+        return Path(self.path).name
+
+
+@dataclass(frozen=True)
+class ShardIndex:
+    """Where the samples of a shard lie."""
+
+    spans: np.ndarray
+    """int64 [samples, 4]: offset and size of the image, offset and size of the caption; size -1 where there is none."""
+    keys: list[str]
+    """The samples' names."""
+
+
+def expand(patterns: Sequence[str]) -> list[Path]:
+    """The shards that patterns stand for: `a/{000..099}.tar`, a folder of tars, or `@file` with one pattern a line.
+
+    Raises InputError for a pattern that stands for nothing and for shards that do not exist.
+    """
+    found: list[Path] = []
+    for pattern in patterns:
+        if "://" in pattern or pattern.startswith("pipe:"):
+            raise InputError(f"{pattern}: shards are read from local folders only; copy or mount them first")
+        path = Path(pattern.removeprefix("@"))
+        if pattern.startswith("@"):
+            if not path.is_file():
+                raise InputError(f"the list of shards {path} does not exist")
+            found += expand([line for line in path.read_text().splitlines() if line.strip()])
+        elif path.is_dir():
+            tars = sorted(path.glob("*.tar"))
+            if not tars:
+                raise InputError(f"the folder {path} holds no .tar files")
+            found += tars
+        else:
+            found += [Path(name) for name in braceexpand.braceexpand(pattern, escape=False)]
+    if not found:
+        raise InputError("no shards were named: give a brace pattern, a folder or @list to --data.sources")
+    missing = [path for path in found if not path.is_file()]
+    if missing:
+        beside = [other.name for other in missing[0].parent.glob("*.tar")] if missing[0].parent.is_dir() else []
+        raise InputError(
+            f"{len(missing):,} of {len(found):,} shards do not exist, the first is {missing[0]}; "
+            + (did_you_mean(missing[0].name, beside[:10_000]) if beside else f"{missing[0].parent} holds no shards")
+        )
+    return found
+
+
+def index_shards(
+    paths: Sequence[Path], *, index_folder: Path | None = None, skip_damaged: bool = False, processes: int = 1
+) -> list[ShardHead]:
+    """The heads of all shards, in their order; shards that are new or have changed are indexed first.
+
+    `index_folder`: where indexes go when the shards' own folder is read-only. `skip_damaged`: leave shards that are
+    no whole tar out of the data, instead of raising InputError with their names.
+    """
+    heads = {path: _known_head(path, index_folder) for path in paths}
+    new = [path for path, head in heads.items() if head is None]
+    damaged: list[str] = []
+    if new:
+        work = partial(_index_or_reason, index_folder=index_folder)
+        with ProcessPoolExecutor(processes) if processes > 1 and len(new) > 1 else _Inline() as pool:
+            for path, result in zip(new, progress(pool.map(work, new), len(new), "indexing shards"), strict=True):
+                if isinstance(result, ShardHead):
+                    heads[path] = result
+                else:
+                    damaged.append(f"{path}: {result}")
+    if damaged and not skip_damaged:
+        shown = "; ".join(damaged[:5]) + (f"; and {len(damaged) - 5} more" if len(damaged) > 5 else "")
+        raise InputError(
+            f"{len(damaged)} of {len(paths):,} shards are damaged ({shown}). "
+            "Fetch them again, or leave them out with --data.skip-damaged-shards"
+        )
+    return [head for path in paths if (head := heads[path]) is not None]
+
+
+def fingerprint(heads: Iterable[ShardHead]) -> str:
+    """A hash of which samples there are: names, sizes and hashes of the shards, in any order, folders aside."""
+    lines = sorted(f"{head.name} {head.bytes} {head.sha256} {head.samples}\n" for head in heads)
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def load_index(path: Path, index_folder: Path | None = None) -> ShardIndex:
+    """The index of a shard that `index_shards` has been over."""
+    with np.load(_index_file(path, index_folder), allow_pickle=False) as stored:
+        return ShardIndex(stored["spans"], json.loads(stored["keys"].tobytes()))
+
+
+def _known_head(path: Path, index_folder: Path | None) -> ShardHead | None:
+    """The head in an index that is up to date, else None."""
+    file = _index_file(path, index_folder)
+    try:
+        with np.load(file, allow_pickle=False) as stored:
+            head = json.loads(stored["head"].tobytes())
+    except (OSError, ValueError, KeyError):
+        return None
+    stat = path.stat()
+    if (head.pop("version"), head.pop("modified")) != (VERSION, stat.st_mtime_ns) or head["bytes"] != stat.st_size:
+        return None
+    return ShardHead(path=str(path), **head)
+
+
+def _index_or_reason(path: Path, index_folder: Path | None) -> ShardHead | str:
+    try:
+        return _index(path, index_folder)
+    except DamagedTarError as error:
+        return str(error)
+
+
+def _index(path: Path, index_folder: Path | None) -> ShardHead:
+    stat = path.stat()
+    samples = _samples(path)
+    with path.open("rb") as file:
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    head = ShardHead(str(path), stat.st_size, sha256, len(samples))
+    record = asdict(head) | {"version": VERSION, "modified": stat.st_mtime_ns}
+    del record["path"]
+    buffer = io.BytesIO()
+    np.savez(
+        buffer,
+        head=np.frombuffer(json.dumps(record).encode(), np.uint8),
+        spans=np.array(list(samples.values()), np.int64).reshape(-1, 4),
+        keys=np.frombuffer(json.dumps(list(samples)).encode(), np.uint8),
+    )
+    target = _index_file(path, index_folder)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = target.with_name(f"{target.name}.{os.getpid()}")
+        temporary.write_bytes(buffer.getvalue())
+        temporary.replace(target)
+    except OSError as error:
+        raise InputError(
+            f"the index of {path.name} cannot be written to {target.parent} ({error.strerror}); "
+            "name a folder that can with --data.index-folder"
+        ) from None
+    return head
+
+
+def _samples(path: Path) -> dict[str, tuple[int, int, int, int]]:
+    """Members with the same name up to its first dot form a sample, as in the webdataset library."""
+    samples: dict[str, tuple[int, int, int, int]] = {}
+    for member in members(path):
+        whole = PurePosixPath(member.name)
+        stem, _, suffix = whole.name.partition(".")
+        key = str(whole.with_name(stem)) if stem else member.name
+        image_at, image_size, caption_at, caption_size = samples.get(key, (0, -1, 0, -1))
+        if suffix.lower() in IMAGE_SUFFIXES:
+            samples[key] = (member.offset, member.size, caption_at, caption_size)
+        elif suffix.lower() == CAPTION_SUFFIX:
+            samples[key] = (image_at, image_size, member.offset, member.size)
+        elif stem and key not in samples:
+            samples[key] = (0, -1, 0, -1)
+    return samples
+
+
+def _index_file(path: Path, index_folder: Path | None) -> Path:
+    if index_folder is None:
+        return path.parent / FOLDER / f"{path.name}.npz"
+    place = hashlib.sha256(str(path.parent.resolve()).encode()).hexdigest()[:16]
+    return index_folder / place / f"{path.name}.npz"
+
+
+class _Inline:
+    """An executor that does the work here and now."""
+
+    def __enter__(self) -> "_Inline":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    map = staticmethod(map)

@@ -1,0 +1,1 @@
+"""The towers: EVA's vision transformer, CLIP's text transformer, and the two together."""

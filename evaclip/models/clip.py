@@ -1,0 +1,78 @@
+"""The dual tower."""
+
+import math
+
+import torch
+from jaxtyping import Float, Int, Int64
+from torch import Tensor, nn
+
+from evaclip.models.shapes import ClipShape
+from evaclip.models.text import TextTower
+from evaclip.models.vision import VisionTower
+
+# CLIP starts at a temperature of 0.07 and never goes below 0.01 (arXiv 2103.00020, section 2.5).
+INITIAL_LOGIT_SCALE = math.log(1 / 0.07)
+LARGEST_LOGIT_SCALE = math.log(100.0)
+
+
+class Clip(nn.Module):
+    """Image tower, text tower and the logarithm of the logit scale.
+
+    Keys are open_clip's: `visual.trunk.*`, `text.*`, `logit_scale`. The scale has shape [1] because sharding
+    libraries cannot split a scalar, and it is float32 whatever the towers are.
+    """
+
+    def __init__(self, shape: ClipShape) -> None:
+        super().__init__()
+        self.shape = shape
+        self.visual = VisionTower(shape.vision, shape.dim)
+        self.text = TextTower(shape.text, shape.dim)
+        self.logit_scale = nn.Parameter(torch.full([1], INITIAL_LOGIT_SCALE))
+
+    def encode_image(
+        self,
+        images: Float[Tensor, "batch 3 height width"],
+        keep: Int64[Tensor, "batch kept"] | None = None,
+        drop_path: Float[Tensor, "batch branches"] | None = None,
+    ) -> Float[Tensor, "batch dim"]:
+        """Image features, not normalised. `images`: normalised pixels."""
+        return self.visual(images, keep=keep, drop_path=drop_path)
+
+    def encode_text(self, tokens: Int[Tensor, "batch length"]) -> Float[Tensor, "batch dim"]:
+        """Text features, not normalised. `tokens`: ids with an end-of-text token in each row."""
+        return self.text(tokens)
+
+    def set_checkpointing(self, enabled: bool) -> None:
+        """Keep no activations inside the blocks and compute them again in the backward pass."""
+        self.visual.checkpointing = enabled
+        self.text.checkpointing = enabled
+
+    @torch.no_grad()
+    def clamp_logit_scale(self, largest: float = LARGEST_LOGIT_SCALE) -> None:
+        """Hold the scale between 1 and 100, as CLIP does after every step."""
+        self.logit_scale.clamp_(0.0, largest)
+
+    def layers(self) -> dict[str, list[list[str]]]:
+        """The parameter names of each tower, layer by layer from the embeddings up to the projection."""
+        names = [name for name, _ in self.named_parameters()]
+        return {
+            "vision": _stages(names, "visual.", "visual.trunk.blocks.", _VISION_STEM),
+            "text": _stages(names, "text.", "text.transformer.resblocks.", _TEXT_STEM),
+        }
+
+
+_VISION_STEM = ("visual.trunk.patch_embed.", "visual.trunk.cls_token", "visual.trunk.pos_embed", "visual.mask_token")
+_TEXT_STEM = ("text.token_embedding.", "text.positional_embedding")
+
+
+def _stages(names: list[str], tower: str, blocks: str, stem: tuple[str, ...]) -> list[list[str]]:
+    """Stem, blocks in order, and what comes after them."""
+    own = [name for name in names if name.startswith(tower)]
+    depth = 1 + max(int(name[len(blocks) :].split(".")[0]) for name in own if name.startswith(blocks))
+    stages: list[list[str]] = [[] for _ in range(depth + 2)]
+    for name in own:
+        if name.startswith(blocks):
+            stages[1 + int(name[len(blocks) :].split(".")[0])].append(name)
+        else:
+            stages[0 if name.startswith(stem) else -1].append(name)
+    return stages

@@ -1,0 +1,81 @@
+"""Contrastive language-image pre-training with masked images."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from evaclip.data.masks import drop_path_factors, kept_patches
+from evaclip.data.pipeline import Batch
+from evaclip.data.transforms import normalized
+from evaclip.models.clip import Clip
+from evaclip.models.shapes import ClipShape
+from evaclip.objectives.contrastive import contrastive_loss
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClipConfig:
+    """The contrastive objective."""
+
+    mask_ratio: float = 0.5
+    """Share of the image's patches that the tower does not see while training (FLIP)."""
+    drop_path: float = 0.0
+    """Rate of stochastic depth at the last block of the image tower."""
+    label_smoothing: float = 0.0
+    """Share of each target that is spread over the batch."""
+    max_logit_scale: float = 100.0
+    """The logit scale is held between 1 and this after every step."""
+    checkpointing: bool = False
+    """Keep no activations inside the blocks and compute them again in the backward pass."""
+
+    def build(self, shape: ClipShape, seed: int) -> "ClipObjective":
+        """The objective with freshly initialised towers."""
+        return ClipObjective(self, Clip(shape), seed)
+
+
+class ClipObjective(nn.Module):
+    """See `objectives.Objective`. Features are unit image rows, unit text rows and the logit scale."""
+
+    def __init__(self, config: ClipConfig, student: Clip, seed: int) -> None:
+        super().__init__()
+        self.config = config
+        self.student = student
+        self.seed = seed
+        student.set_checkpointing(config.checkpointing)
+
+    def forward(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """Unit image features [batch, dim], unit text features [batch, dim], logit scale [1], in float32."""
+        vision, training = self.student.shape.vision, self.training
+        keep = kept_patches(self.seed, batch.positions, vision.patches, self.config.mask_ratio) if training else None
+        drop = drop_path_factors(self.seed, batch.positions, vision.depth, self.config.drop_path) if training else None
+        text = self.student.encode_text(batch.tokens)
+        image = self.student.encode_image(normalized(batch.images), keep=keep, drop_path=drop)
+        return F.normalize(image.float(), dim=1), F.normalize(text.float(), dim=1), self.student.logit_scale.exp()
+
+    def loss(self, features: Sequence[Tensor]) -> tuple[Tensor, Mapping[str, Tensor]]:
+        """The symmetric contrastive loss; metrics are its accuracies and the scale."""
+        image, text, scale = features
+        loss, stats = contrastive_loss(image, text, scale, label_smoothing=self.config.label_smoothing)
+        metrics = {
+            "loss": loss.detach(),
+            "accuracy/image_to_text": stats.image_to_text,
+            "accuracy/text_to_image": stats.text_to_image,
+            "logit_scale": scale.detach()[0],
+        }
+        return loss, metrics
+
+    def join(self, parts: Sequence[Sequence[Tensor]]) -> tuple[Tensor, ...]:
+        """Rows of all parts; the scale is the same in each, so its gradient belongs to the first alone."""
+        images, texts, scales = zip(*parts, strict=True)
+        return torch.cat(images), torch.cat(texts), scales[0]
+
+    def constrain(self) -> None:
+        """Clamp the logit scale on the parameter itself."""
+        self.student.clamp_logit_scale(math.log(self.config.max_logit_scale))
+
+    def layers(self) -> dict[str, list[list[str]]]:
+        """The towers' layers."""
+        return self.student.layers()
