@@ -12,7 +12,7 @@ from torch import Tensor
 
 from evaclip import checkpoint
 from evaclip.config import RunConfig, described, differences, load_config
-from evaclip.data.pipeline import Cursor, LoaderTimes, Stream, worker_deaths_explained
+from evaclip.data.pipeline import Cursor, LoaderTimes, Stream
 from evaclip.data.shards import ShardSet, changed_shards
 from evaclip.distributed import rank, world_size
 from evaclip.engine import Engine
@@ -66,7 +66,7 @@ def train(config: RunConfig) -> Outcome:
     _introduce(config, shards, objective.student, step)
     saved, batches = step, iter(stream)
     log = RunLog(config.run_dir, config.name, config.steps, step, config.log)
-    with StopRequest() as stop, worker_deaths_explained(), log:
+    with StopRequest() as stop, log:
         meter = Meter(config, stream.times, log)
         while step < config.steps and not stop:
             batch, cursor = next(batches)

@@ -299,8 +299,9 @@ def test_help_shows_the_docstring_of_each_field(recipe, capfd):
         assert words in said
 
 
-def test_ctrl_c_saves_and_says_how_to_continue(tmp_path, shards):
-    """The whole program in a process of its own, interrupted as a person would."""
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_to_the_whole_group_saves_and_says_how_to_continue(tmp_path, shards, number, status):
+    """The whole program in a process of its own, interrupted as a person or a cluster would."""
     folder = shards()
     code = (
         "import sys\n"
@@ -319,11 +320,11 @@ def test_ctrl_c_saves_and_says_how_to_continue(tmp_path, shards):
     deadline = time.monotonic() + 120
     while not (log.exists() and len(log.read_text().splitlines()) > 6) and time.monotonic() < deadline:
         time.sleep(0.05)
-    os.killpg(process.pid, signal.SIGINT)  # as the terminal does: to the workers as well
+    os.killpg(process.pid, number)  # as a terminal or Slurm does: to the workers as well
     out, err = process.communicate(timeout=60)
-    assert process.returncode == 130, err
+    assert process.returncode == status, err
     step = json.loads(log.read_text().splitlines()[-1])["step"]
-    assert f"stopped by SIGINT at step {step}, everything is saved" in out
+    assert f"stopped by {number.name} at step {step}, everything is saved" in out
     assert "evaclip train tiny --steps 100000 --data.workers 2 --resume auto" in out
     assert final(tmp_path / "run").step == step and "Traceback" not in err
 

@@ -13,7 +13,6 @@ import signal
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
@@ -131,6 +130,8 @@ class Stream:
     def __iter__(self) -> Iterator[tuple[Batch, Cursor]]:
         local = self._batch_size // self._ranks
         chunks = iter(self._loader())
+        # torch would raise a worker's death wherever the main process happens to be; `_next` sees it anyway.
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         while True:
             start = time.perf_counter()
             parts = [self._next(chunks) for _ in range(local // self._chunk)]
@@ -164,7 +165,16 @@ class Stream:
         )
 
     def _next(self, chunks: Iterator[Chunk | InputError]) -> Chunk:
-        chunk = next(chunks)
+        try:
+            chunk = next(chunks)
+        except (RuntimeError, OSError, EOFError) as error:
+            # What a worker raises arrives with its traceback; a worker that was killed leaves a broken connection.
+            if not self._config.workers or "Caught" in str(error):
+                raise
+            raise InputError(
+                "a data worker was killed, perhaps for lack of memory; continue with --resume auto, "
+                f"with fewer --data.workers (now {self._config.workers}) if it happens again"
+            ) from error
         if isinstance(chunk, InputError):
             raise chunk
         return chunk
@@ -203,19 +213,11 @@ class _Starts:
             base += self.batch
 
 
-@contextmanager
-def worker_deaths_explained() -> Iterator[None]:
-    """Around the training loop: torch raises a worker's death wherever the main process happens to be."""
-    try:
-        yield
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
-            raise
-        reason = str(error).splitlines()[0].rstrip(".")
-        raise InputError(f"a data worker died: {reason}. Is the machine out of memory?") from None
-
-
 def _prepare_worker(_: int) -> None:
-    """Ctrl-C is for the main process, which then stops the workers; one thread each, or they fight for the cores."""
+    """Ctrl-C and SIGTERM are for the main process, which then stops the workers, or they go after half a minute.
+
+    One thread each, or they fight for the cores.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(30))
     torch.set_num_threads(1)
