@@ -160,7 +160,7 @@ def test_a_worker_that_dies_is_a_sentence(shards):
     victim = multiprocessing.active_children()[0]
     os.kill(victim.pid, signal.SIGKILL)
     with pytest.raises(
-        InputError, match="a data worker was killed, .* --resume auto, with fewer --data.workers .now 1"
+        InputError, match=r"a data worker was killed, .* --resume auto, with fewer --data.workers .now 1"
     ):
         for _ in range(100):
             next(loop)
