@@ -83,11 +83,11 @@ class RunLog:
 
         self.config = config
         self.steps = steps
+        self._wandb = _wandb_run(folder, name, config) if config.wandb_project else None
         self._lines = folder / "log.jsonl"
         _cut_after(self._lines, first_step)
         self._file = self._lines.open("a", buffering=1)
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step)
-        self._wandb = _wandb_run(folder, name, config) if config.wandb_project else None
         self._bar = _Bar(name, steps, first_step) if sys.stderr.isatty() else None
         self._started, self._first_step, self._last_line = time.monotonic(), first_step, 0.0
 
