@@ -10,7 +10,8 @@ USAGE = """evaclip: train CLIP models bootstrapped from EVA, and score them zero
 
   evaclip quickstart                         the whole job on handwritten digits, in minutes
   evaclip recipes [NAME]                     the named runs; with a name, all of its fields
-  evaclip train RECIPE [--field.sub VALUE]   run one, or continue it with --resume auto
+  evaclip train RECIPE [--field.sub VALUE]   run one, or continue it with --resume auto; on several GPUs:
+                                             torchrun --nproc-per-node 8 -m evaclip train RECIPE
   evaclip zeroshot --dataset D --model RUN   score a trained model
   evaclip data caption RECIPE ...            a labelled data set as image-text shards
   evaclip doctor                             versions, devices, attention kernels, what is missing
@@ -50,6 +51,7 @@ def train(arguments: list[str]) -> int:
     import tyro
 
     from evaclip.config import RunConfig
+    from evaclip.distributed import is_main, joined
     from evaclip.recipes import RECIPES, recipe_named
     from evaclip.train import train as run
 
@@ -65,15 +67,18 @@ def train(arguments: list[str]) -> int:
         prog=f"evaclip train {arguments[0]}",
         description=recipe.__doc__,
     )
-    outcome = run(config)
+    with joined():
+        outcome, speaks = run(config), is_main()
     if outcome.stopped_by is None:
-        print(f"done: {outcome.step:,} steps, {config.run_dir}")
+        if speaks:
+            print(f"done: {outcome.step:,} steps, {config.run_dir}")
         return 0
     again = [word for word in arguments if word not in ("--resume", "auto", "never")]
-    print(
-        f"stopped by {outcome.stopped_by} at step {outcome.step:,}, everything is saved; continue with\n"
-        f"  evaclip train {' '.join(again)} --resume auto"
-    )
+    if speaks:
+        print(
+            f"stopped by {outcome.stopped_by} at step {outcome.step:,}, everything is saved; continue with\n"
+            f"  evaclip train {' '.join(again)} --resume auto"
+        )
     return 130 if outcome.stopped_by == "SIGINT" else 143
 
 

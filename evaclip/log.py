@@ -8,6 +8,8 @@ import re
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -34,8 +36,23 @@ def redacted(text: str) -> str:
     return text
 
 
+_QUIET: ContextVar[bool] = ContextVar("quiet", default=False)
+
+
+@contextmanager
+def quiet(on: bool) -> Iterator[None]:
+    """Inside, `say` says nothing: for processes that leave the talking to the first."""
+    before = _QUIET.set(on)
+    try:
+        yield
+    finally:
+        _QUIET.reset(before)
+
+
 def say(text: str) -> None:
     """One line to the user, on standard error, where results on standard output stay clean."""
+    if _QUIET.get():
+        return
     Console(stderr=True, highlight=False, soft_wrap=True).print(redacted(text), markup=False)
 
 
@@ -78,11 +95,17 @@ class RunLog:
     A resumed run appends. Lines of steps after the one it resumes from are cut off first: they will come again.
     """
 
-    def __init__(self, folder: Path, name: str, steps: int, first_step: int, config: LogConfig) -> None:
+    def __init__(
+        self, folder: Path, name: str, steps: int, first_step: int, config: LogConfig, *, written: bool = True
+    ) -> None:
+        """`written`: whether this process is the one that logs."""
         from torch.utils.tensorboard import SummaryWriter
 
         self.config = config
         self.steps = steps
+        self._written = written
+        if not written:
+            return
         self._wandb = _wandb_run(folder, name, config) if config.wandb_project else None
         self._lines = folder / "log.jsonl"
         _cut_after(self._lines, first_step)
@@ -93,6 +116,8 @@ class RunLog:
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Numbers of one step, to every sink."""
+        if not self._written:
+            return
         self._file.write(json.dumps({"step": step, "time": round(time.time(), 3)} | dict(values)) + "\n")
         for name, value in values.items():
             self._board.add_scalar(name, value, step)
@@ -101,6 +126,8 @@ class RunLog:
 
     def line(self, step: int, values: Mapping[str, float]) -> None:
         """A glance at the run: on the bar, or as a line at most every LINE_EVERY seconds."""
+        if not self._written:
+            return
         shown = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
         if self._bar:
             self._bar.update(step, shown)
@@ -114,6 +141,8 @@ class RunLog:
 
     def event(self, step: int, text: str, **details: Any) -> None:
         """Something worth a sentence: to the user and to the JSONL."""
+        if not self._written:
+            return
         say(text)
         self._file.write(redacted(json.dumps({"step": step, "event": text} | details)) + "\n")
 
@@ -122,6 +151,8 @@ class RunLog:
 
     def __exit__(self, *_: object) -> None:
         """Flush everything, whatever happened."""
+        if not self._written:
+            return
         if self._bar:
             self._bar.stop()
         self._file.close()

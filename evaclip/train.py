@@ -14,12 +14,12 @@ from evaclip import checkpoint
 from evaclip.config import RunConfig, described, differences, load_config
 from evaclip.data.pipeline import Cursor, LoaderTimes, Stream
 from evaclip.data.shards import ShardSet, changed_shards
-from evaclip.distributed import rank, world_size
-from evaclip.engine import Engine
+from evaclip.distributed import any_of, is_main, main_first, rank, total_of, world_size
+from evaclip.engine import Engine, build_engine
 from evaclip.errors import CheckpointError, DivergedError, InputError
 from evaclip.evals.zero_shot import ZeroShot
 from evaclip.guard.signals import StopRequest
-from evaclip.log import RunLog, say
+from evaclip.log import RunLog, quiet, say
 from evaclip.models.clip import Clip
 from evaclip.optim import set_learning_rates, warmup_cosine
 from evaclip.records import unstructured
@@ -42,13 +42,19 @@ class Outcome:
 
 def train(config: RunConfig) -> Outcome:
     """Run, or continue, the training that `config` describes. Returns when it is done or was asked to stop."""
-    _claim(config.run_dir, config)
+    with quiet(not is_main()):
+        return _train(config)
+
+
+def _train(config: RunConfig) -> Outcome:
+    with main_first():
+        if is_main():
+            _claim(config.run_dir, config)
+        shards = ShardSet(config.data)
     torch.manual_seed(config.seed)
-    shards = ShardSet(config.data)
     evaluators = [ZeroShot(part) for part in config.evals.zero_shot]
     objective = config.objective.build(config.model, config.seed).to(config.engine.resolved_device())
-    optimizer = config.optim.build(objective.student, objective.layers())
-    engine = Engine(config.engine, objective, optimizer, config.optim.clip_norm)
+    engine = build_engine(config.engine, objective, config.optim)
     step, cursor = _resume(config, engine, shards)
     stream = Stream(
         shards,
@@ -61,16 +67,17 @@ def train(config: RunConfig) -> Outcome:
         pin_memory=engine.device.type == "cuda",
     )
     # Only now is everything known to fit: what fails above leaves no run behind.
-    (config.run_dir / "config.json").write_text(json.dumps(unstructured(config), indent=1) + "\n")
-    (config.run_dir / "shards.json").write_text(json.dumps(shards.manifest()))
+    if is_main():
+        (config.run_dir / "config.json").write_text(json.dumps(unstructured(config), indent=1) + "\n")
+        (config.run_dir / "shards.json").write_text(json.dumps(shards.manifest()))
     _introduce(config, shards, objective.student, step)
     saved, batches = step, iter(stream)
-    log = RunLog(config.run_dir, config.name, config.steps, step, config.log)
+    log = RunLog(config.run_dir, config.name, config.steps, step, config.log, written=is_main())
     with StopRequest() as stop, log:
         meter = Meter(config, stream.times, log)
-        while step < config.steps and not stop:
+        while step < config.steps and not any_of(bool(stop)):
             batch, cursor = next(batches)
-            set_learning_rates(optimizer, learning_rate_factor(config, step))
+            set_learning_rates(engine.optimizer, learning_rate_factor(config, step))
             metrics = engine.forward_backward(batch) | engine.step()
             step += 1
             meter.update(step, metrics)
@@ -82,8 +89,9 @@ def train(config: RunConfig) -> Outcome:
                 saved = _save(config, step, engine, cursor)
         if saved != step:
             _save(config, step, engine, cursor)
-    write_run_report(config.run_dir)
-    return Outcome(step, stop.name if step < config.steps else None)
+    if is_main():
+        write_run_report(config.run_dir)
+    return Outcome(step, (stop.name or "another process") if step < config.steps else None)
 
 
 def learning_rate_factor(config: RunConfig, step: int) -> float:
@@ -97,9 +105,12 @@ def due(step: int, every: int, last: int) -> bool:
 
 
 def evaluate(evaluators: list[ZeroShot], engine: Engine, run_dir: Path, step: int) -> list[tuple[str, float]]:
-    """Every benchmark's numbers at a step; files go to `evals/step_N/` of the run."""
-    student = engine.objective.student.eval()
+    """Every benchmark's numbers at a step, on the first process; files go to `evals/step_N/` of the run."""
+    student = engine.whole_student() if evaluators else None
+    if student is None:
+        return []
     assert isinstance(student, Clip)
+    student.eval()
     folder = run_dir / "evals" / f"step_{step:08}"
     found = [pair for evaluator in evaluators for pair in evaluator(student, engine.device, folder)]
     student.train()
@@ -213,6 +224,8 @@ def _resume(config: RunConfig, engine: Engine, shards: ShardSet) -> tuple[int, C
             cursor = replace(cursor, fingerprint=shards.fingerprint)
         for change in differences(load_config(folder), replace(config, resume=load_config(folder).resume)):
             say(f"changed since the run began: {change}")
+        if not is_main():  # the record holds the damage of all processes
+            cursor = replace(cursor, damaged=0)
         engine.load_state_dict(found.tensors, found.record["engine"])
         step = found.step
         say(f"continuing from step {step:,} ({found.path})")
@@ -220,10 +233,14 @@ def _resume(config: RunConfig, engine: Engine, shards: ShardSet) -> tuple[int, C
 
 
 def _save(config: RunConfig, step: int, engine: Engine, cursor: Cursor) -> int:
+    """Whole tensors and the sum of the damage, gathered from all processes and written by the first."""
     folder = config.run_dir / "checkpoints"
-    record = {"cursor": cursor.record(), "engine": engine.scalars(), "config": unstructured(config)}
-    checkpoint.save(folder, step, engine.state_dict(), record)
-    checkpoint.prune(folder, config.checkpoint.keep)
+    cursor = replace(cursor, damaged=total_of(cursor.damaged))
+    state, record = engine.state_dict(), {"engine": engine.scalars(), "config": unstructured(config)}
+    with main_first():
+        if is_main():
+            checkpoint.save(folder, step, state, record | {"cursor": cursor.record()})
+            checkpoint.prune(folder, config.checkpoint.keep)
     return step
 
 
@@ -239,6 +256,7 @@ def _introduce(config: RunConfig, shards: ShardSet, model: Clip, step: int) -> N
         "patches seen in training",
         f"data: {len(shards):,} pairs in {sum(map(len, shards.heads)):,} shards, fingerprint {shards.fingerprint[:12]}",
         f"run: {config.steps:,} steps x {config.batch_size:,} = {seen:,} pairs, {seen / len(shards):.3g} epochs; "
-        f"warm-up {config.optim.warmup:,} steps; from step {step:,} on {config.engine.resolved_device()}",
+        f"warm-up {config.optim.warmup:,} steps; from step {step:,} on "
+        f"{world_size()} x {config.engine.resolved_device()} ({config.engine.kind})",
     ):
         say(line)

@@ -25,7 +25,7 @@ class Reconstruction(nn.Module):
         super().__init__()
         self.student = tower
 
-    def forward(self, batch) -> tuple[Tensor, ...]:
+    def forward(self, batch, whole=False) -> tuple[Tensor, ...]:
         images = batch.images.float() / 255
         hidden = torch.ones(len(images), self.student.shape.patches, dtype=torch.bool)
         hidden.scatter_(1, kept_patches(0, batch.positions, hidden.shape[1], 0.5), False)
@@ -38,8 +38,8 @@ class Reconstruction(nn.Module):
     def join(self, parts: Sequence[Sequence[Tensor]]) -> tuple[Tensor, ...]:
         return (torch.cat([part[0] for part in parts]),)
 
-    def constrain(self) -> None:
-        pass
+    def constrain(self) -> list:
+        return []
 
     def layers(self) -> dict[str, list[list[str]]]:
         return {"vision": [[name for name, _ in self.student.named_parameters()]]}

@@ -5,6 +5,7 @@ stands after that token changes nothing. The forward pass therefore takes captio
 loader cuts each batch to its longest caption: the same features as at 77 tokens, for a fraction of the work.
 """
 
+from types import MethodType
 from typing import Any
 
 import torch.nn.functional as F
@@ -29,6 +30,8 @@ class TextTower(TextTransformer):
             layers=shape.depth,
             output_dim=dim,
         )
+        for block in self.transformer.resblocks:  # stays a call of a module, which sharding hooks into
+            block.forward = MethodType(_block_forward, block)
         self.shape = shape
         self.checkpointing = False
 
@@ -39,16 +42,16 @@ class TextTower(TextTransformer):
         x = self.token_embedding(tokens) + self.positional_embedding[: tokens.shape[1]]
         for block in self.transformer.resblocks:
             if self.checkpointing and x.requires_grad:
-                x = checkpoint(_block, block, x, use_reentrant=False, preserve_rng_state=False)
+                x = checkpoint(block, x, use_reentrant=False, preserve_rng_state=False)
             else:
-                x = _block(block, x)
+                x = block(x)
         end = tokens.argmax(dim=1)
         pooled = x.gather(1, end[:, None, None].expand(-1, 1, x.shape[-1]))[:, 0]
         # The norm works on each token alone: after the pooling it has one token to do, not the whole caption.
         return self.ln_final(pooled) @ self.text_projection
 
 
-def _block(block: Any, x: Tensor) -> Tensor:
+def _block_forward(block: Any, x: Tensor) -> Tensor:
     """One transformer block with causal attention through torch's fused kernels."""
     attention = block.attn
     batch, length, width = x.shape

@@ -10,6 +10,7 @@ branches are dropped (stochastic depth, 1603.09382, section 3). Nothing random h
 """
 
 from functools import partial
+from types import MethodType
 from typing import Any
 
 import torch
@@ -72,18 +73,23 @@ class VisionTower(nn.Module):
         for number, block in enumerate(trunk.blocks):
             factors = None if drop_path is None else drop_path[:, 2 * number : 2 * number + 2]
             if self.checkpointing and torch.is_grad_enabled():
-                x = checkpoint(_block, block, x, rotary, factors, use_reentrant=False, preserve_rng_state=False)
+                x = checkpoint(block, x, rotary, factors, use_reentrant=False, preserve_rng_state=False)
             else:
-                x = _block(block, x, rotary, factors)
+                x = block(x, rotary, factors)
         return trunk.norm(x)
 
 
-def _block(block: Any, x: Tensor, rotary: Tensor | None, factors: Tensor | None) -> Tensor:
-    """One transformer block; a function of its arguments alone, so that recomputing it gives the same bits."""
+def _block_forward(
+    block: Any, x: Tensor, rope: Tensor | None = None, factors: Tensor | None = None, **masks: Any
+) -> Tensor:
+    """One transformer block; a function of its arguments alone, so that recomputing it gives the same bits.
+
+    The arguments are those of timm's own, so that timm's forward pass still works, and the factors of the branches.
+    """
     if isinstance(block, EvaBlockPostNorm):
-        x = x + _scaled(block.norm1(block.attn(x, rope=rotary)), factors, 0)
+        x = x + _scaled(block.norm1(block.attn(x, rope=rope, **masks)), factors, 0)
         return x + _scaled(block.norm2(block.mlp(x)), factors, 1)
-    x = x + _scaled(block.attn(block.norm1(x), rope=rotary), factors, 0)
+    x = x + _scaled(block.attn(block.norm1(x), rope=rope, **masks), factors, 0)
     return x + _scaled(block.mlp(block.norm2(x)), factors, 1)
 
 
@@ -116,4 +122,6 @@ def _build_trunk(shape: VisionShape, dim: int) -> Eva:
     if not shape.head_bias:  # timm's own head always has one
         trunk.head = nn.Linear(shape.width, dim, bias=False)
         nn.init.trunc_normal_(trunk.head.weight, std=0.02 * 0.001)
+    for block in trunk.blocks:  # a call of the block stays a call of a module, which sharding hooks into
+        block.forward = MethodType(_block_forward, block)
     return trunk

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -11,8 +12,10 @@ from torch import Tensor, nn
 from evaclip.data.masks import drop_path_factors, kept_patches
 from evaclip.data.pipeline import Batch
 from evaclip.data.transforms import normalized
+from evaclip.distributed import everyone
 from evaclip.models.clip import Clip
 from evaclip.models.shapes import ClipShape
+from evaclip.objectives.columns import Exchange, early_exchange
 from evaclip.objectives.contrastive import contrastive_loss
 
 
@@ -28,6 +31,10 @@ class ClipConfig:
     """Share of each target that is spread over the batch."""
     max_logit_scale: float = 100.0
     """The logit scale is held between 1 and this after every step."""
+    loss_precision: Literal["fp16", "fp32"] = "fp16"
+    """What the features are rounded to in the loss; its sums are float32 in both."""
+    ring: bool = False
+    """Pass captions on instead of gathering them: less memory, more waiting; for batches past a million."""
     checkpointing: bool = False
     """Keep no activations inside the blocks and compute them again in the backward pass."""
 
@@ -44,21 +51,35 @@ class ClipObjective(nn.Module):
         self.config = config
         self.student = student
         self.seed = seed
+        self._exchange = Exchange()
         student.set_checkpointing(config.checkpointing)
 
-    def forward(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        """Unit image features [batch, dim], unit text features [batch, dim], logit scale [1], in float32."""
+    def forward(self, batch: Batch, whole: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+        """Unit image features [batch, dim], unit text features [batch, dim], logit scale [1], in float32.
+
+        The text tower comes first: the captions of a `whole` batch then travel while the image tower works.
+        """
         vision, training = self.student.shape.vision, self.training
         keep = kept_patches(self.seed, batch.positions, vision.patches, self.config.mask_ratio) if training else None
         drop = drop_path_factors(self.seed, batch.positions, vision.depth, self.config.drop_path) if training else None
-        text = self.student.encode_text(batch.tokens)
+        text = F.normalize(self.student.encode_text(batch.tokens).float(), dim=1)
+        self._exchange = Exchange(group=everyone(), ring=self.config.ring)
+        if whole and self._exchange.group is not None and not self.config.ring:
+            text, self._exchange = early_exchange(text, self._exchange, self.config.loss_precision)
         image = self.student.encode_image(normalized(batch.images), keep=keep, drop_path=drop)
-        return F.normalize(image.float(), dim=1), F.normalize(text.float(), dim=1), self.student.logit_scale.exp()
+        return F.normalize(image.float(), dim=1), text, self.student.logit_scale.exp()
 
     def loss(self, features: Sequence[Tensor]) -> tuple[Tensor, Mapping[str, Tensor]]:
         """The symmetric contrastive loss; metrics are its accuracies and the scale."""
         image, text, scale = features
-        loss, stats = contrastive_loss(image, text, scale, label_smoothing=self.config.label_smoothing)
+        loss, stats = contrastive_loss(
+            image,
+            text,
+            scale,
+            label_smoothing=self.config.label_smoothing,
+            precision=self.config.loss_precision,
+            exchange=self._exchange,
+        )
         metrics = {
             "loss": loss.detach(),
             "accuracy/image_to_text": stats.image_to_text,
@@ -68,13 +89,14 @@ class ClipObjective(nn.Module):
         return loss, metrics
 
     def join(self, parts: Sequence[Sequence[Tensor]]) -> tuple[Tensor, ...]:
-        """Rows of all parts; the scale is the same in each, so its gradient belongs to the first alone."""
+        """Rows of all parts; the scale is the same in each, so its gradient belongs to the last alone."""
         images, texts, scales = zip(*parts, strict=True)
-        return torch.cat(images), torch.cat(texts), scales[0]
+        return torch.cat(images), torch.cat(texts), scales[-1]
 
-    def constrain(self) -> None:
+    def constrain(self) -> list[nn.Parameter]:
         """Clamp the logit scale on the parameter itself."""
         self.student.clamp_logit_scale(math.log(self.config.max_logit_scale))
+        return [self.student.logit_scale]
 
     def layers(self) -> dict[str, list[list[str]]]:
         """The towers' layers."""

@@ -8,11 +8,12 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from evaclip.optim.groups import Rule, TowerRates, parameter_groups, settings
-from evaclip.optim.lamb import Lamb
+from evaclip.distributed import everyone
+from evaclip.optim.groups import Rule, Setting, TowerRates, parameter_groups, settings
+from evaclip.optim.lamb import Lamb, Segment
 from evaclip.optim.schedule import warmup_cosine
 
-__all__ = ["Lamb", "OptimConfig", "Rule", "TowerRates", "set_learning_rates", "warmup_cosine"]
+__all__ = ["Lamb", "OptimConfig", "Rule", "Segment", "TowerRates", "set_learning_rates", "warmup_cosine"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,19 +44,50 @@ class OptimConfig:
     """LAMB: give parameters without weight decay a trust ratio too."""
     max_ratio: float | None = None
     """LAMB: upper bound of the trust ratio."""
+    trust_scope: Literal["tensor", "ds_partition"] = "tensor"
+    """LAMB under ZeRO: one trust ratio per tensor, or per flat partition of each group as in EVA-CLIP's own runs."""
     rules: tuple[Rule, ...] = ()
     """Exceptions by parameter name; the first rule that matches and says something wins."""
 
-    def build(self, student: nn.Module, layers: Mapping[str, Sequence[Sequence[str]]]) -> Optimizer:
-        """The optimizer over a model's parameters; `layers` as in `groups.settings`."""
-        rates = {"vision": self.vision, "text": self.text}
-        chosen = settings(
-            student, layers, rates, other_lr=self.lr, adapt_undecayed=self.adapt_undecayed, rules=self.rules
-        )
-        groups = parameter_groups(student, chosen, self.weight_decay)
+    def build(
+        self, student: nn.Module, layers: Mapping[str, Sequence[Sequence[str]]], *, flat: bool = False
+    ) -> Optimizer:
+        """The optimizer over a model's parameters; `layers` as in `groups.settings`.
+
+        `flat`: for an engine that lays all parameters one behind the other. LAMB then has a single group, and what
+        differs from tensor to tensor comes as segments (`settings_of`).
+        """
+        groups = parameter_groups(student, self.settings_of(student, layers), self.weight_decay)
         if self.optimizer == "adamw":
             return torch.optim.AdamW(groups, betas=self.betas, eps=self.eps)
+        if flat and self.trust_scope == "tensor":
+            groups = [{"params": [p for group in groups for p in group["params"]], "peak_lr": 1.0, "lr": 1.0}]
         return Lamb(groups, betas=self.betas, eps=self.eps, max_ratio=self.max_ratio)
+
+    def settings_of(self, student: nn.Module, layers: Mapping[str, Sequence[Sequence[str]]]) -> list[Setting]:
+        """Learning rate, decay and adaptation of each trainable parameter."""
+        rates = {"vision": self.vision, "text": self.text}
+        return settings(
+            student, layers, rates, other_lr=self.lr, adapt_undecayed=self.adapt_undecayed, rules=self.rules
+        )
+
+    def spread(
+        self,
+        optimizer: Optimizer,
+        student: nn.Module,
+        layers: Mapping[str, Sequence[Sequence[str]]],
+        places: Mapping[str, tuple[int, int]],
+    ) -> None:
+        """Tell a `flat` LAMB what lies where in this process's partition: name -> (start, length)."""
+        if not isinstance(optimizer, Lamb) or self.trust_scope != "tensor":
+            return
+        chosen = self.settings_of(student, layers)
+        segments = [
+            Segment(number, *places[s.name], s.lr, self.weight_decay if s.decay else 0.0, s.adapt)
+            for number, s in enumerate(chosen)
+            if s.name in places
+        ]
+        optimizer.spread(everyone(), segments, len(chosen))
 
 
 def set_learning_rates(optimizer: Optimizer, factor: float) -> None:

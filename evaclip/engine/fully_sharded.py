@@ -1,0 +1,104 @@
+"""The engine over torch's FSDP2: parameters, gradients and optimizer state spread over the processes.
+
+For towers that do not fit one GPU (EVA-CLIP 8B and 18B). Each block's parameters are gathered while it works and freed
+afterwards (Zhao et al., arXiv 2304.11277, section 3). A tensor is split along its first dimension; LAMB and the
+gradient's norm sum over the parts. Checkpoints hold whole tensors.
+"""
+
+import copy
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from evaclip.distributed import everyone, is_main, world_size
+from evaclip.engine.contract import EngineConfig, Objective, OptimizerBuilder
+from evaclip.engine.data_parallel import Engine, FirstPhase, require_same_names
+from evaclip.errors import InputError
+
+
+class FullyShardedEngine(Engine):
+    """See the module."""
+
+    def __init__(self, config: EngineConfig, objective: Objective, optim: OptimizerBuilder) -> None:
+        if everyone() is None:
+            raise InputError("--engine.kind fsdp2 spreads the model over processes: start them with torchrun")
+        if config.precision == "fp16":
+            raise InputError("--engine.precision fp16 needs loss scaling, which FSDP2 does not do here; take bf16")
+        self._whole = copy.deepcopy(objective.student).cpu() if is_main() else None
+        device = config.resolved_device()
+        mesh = init_device_mesh(device.type, (world_size(),))
+        self._root: Any = FirstPhase(objective, config.precision, device)
+        for block in _blocks(objective.student):
+            fully_shard(block, mesh=mesh)
+        fully_shard(self._root, mesh=mesh)
+        optimizer = optim.build(objective.student, objective.layers(), flat=False)
+        super().__init__(config, objective, optimizer, optim.clip_norm)
+
+    def _wrapped(self, first_phase: FirstPhase) -> nn.Module:
+        return self._root
+
+    @contextmanager
+    def _unsynchronised(self) -> Iterator[None]:
+        self._root.set_requires_gradient_sync(False)
+        try:
+            yield
+        finally:
+            self._root.set_requires_gradient_sync(True)
+
+    def _own_part(self, tensor: Tensor) -> Tensor:
+        return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+    def _norms(self, own_parts: list[Tensor]) -> Tensor:
+        squares = super()._norms(own_parts).square()
+        dist.all_reduce(squares, group=everyone())
+        return squares.sqrt()
+
+    def whole_student(self) -> nn.Module | None:
+        """A copy with all parameters, on the first process."""
+        state = {name: _gathered(value) for name, value in self.objective.student.state_dict().items()}
+        if self._whole is None:
+            return None
+        self._whole.load_state_dict(state)
+        return self._whole.to(self.device)
+
+    def state_dict(self) -> dict[str, dict[str, Tensor]]:
+        """As in `Engine`, in whole tensors."""
+        return {
+            kind: {name: _gathered(value) for name, value in named.items()}
+            for kind, named in super().state_dict().items()
+        }
+
+    def _load(self, model: Mapping[str, Tensor], moments: Mapping[str, Tensor], step: int) -> None:
+        own = self.objective.student.state_dict()
+        require_same_names("model", set(own), set(model))
+        with torch.no_grad():
+            for name, value in model.items():
+                self._own_part(own[name]).copy_(self._own_part(_spread_like(own[name], value)))
+        for path, value in moments.items():
+            name, key = path.rsplit("/", 1)
+            state = self.optimizer.state[self.parameters[name]]
+            state[key] = _spread_like(self.parameters[name], value)
+            if "step" not in self.optimizer.param_groups[0]:  # AdamW counts per tensor
+                state["step"] = torch.tensor(float(step))
+
+
+def _blocks(student: nn.Module) -> list[nn.Module]:
+    """The repeated parts of the towers: what is gathered and freed together."""
+    return [block for module in student.modules() if isinstance(module, nn.ModuleList) for block in module]
+
+
+def _gathered(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def _spread_like(like: Tensor, value: Tensor) -> Tensor:
+    if not isinstance(like, DTensor):
+        return value.to(like.device)
+    return distribute_tensor(value.to(like.device), like.device_mesh, like.placements)

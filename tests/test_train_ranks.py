@@ -1,0 +1,95 @@
+"""Training on several processes: the samples and losses of one, and checkpoints that any number can continue."""
+
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+
+from evaclip.config import RunConfig
+from evaclip.engine import EngineConfig
+from evaclip.objectives.clip import ClipConfig
+from evaclip.train import train
+from tests.ranks import in_ranks
+from tests.test_train import final, losses, tiny_run
+
+
+def exact_run(folder: Path, shards: Path, **changes) -> RunConfig:
+    """Features of the loss in float32: a rounding to 16 bits that falls the other way would show at the fifth digit."""
+    objective = ClipConfig(drop_path=0.1, loss_precision="fp32")
+    return tiny_run(folder, shards, objective=objective, resume="auto", **changes)
+
+
+def run(folder: Path, shards: Path, kind: str, micro_batches: int = 1, stop_after: int | None = None) -> int:
+    """Trains in this rank; the last rank alone is asked to stop."""
+    from evaclip.train import Meter
+
+    engine = EngineConfig(precision="fp32", device="cpu", kind=kind, micro_batches=micro_batches)
+    update = Meter.update
+
+    def interrupting(meter, step, metrics):
+        update(meter, step, metrics)
+        if step == stop_after and dist.get_rank() == dist.get_world_size() - 1:
+            signal.raise_signal(signal.SIGTERM)
+
+    Meter.update = interrupting
+    return train(exact_run(folder, shards, engine=engine)).step
+
+
+def several(folder: Path, shards: Path) -> None:
+    """Every way of sharing the work, and a run that is stopped, in one group of ranks."""
+    assert run(folder / "ddp", shards, "ddp") == 12
+    assert run(folder / "fsdp2", shards, "fsdp2", micro_batches=2) == 12
+    assert run(folder / "stopped", shards, "zero1", stop_after=7) == 7
+
+
+def test_two_ranks_train_as_one_process_does(tmp_path, shards):
+    folder = shards()
+    train(exact_run(tmp_path / "alone", folder))
+    in_ranks(2, several, tmp_path, folder)
+    right = losses(tmp_path / "alone")
+    for name in ("ddp", "fsdp2"):
+        assert losses(tmp_path / name) == pytest.approx(right, rel=5e-5), name
+    # What two ranks under ZeRO left, one process without it continues.
+    assert final(tmp_path / "stopped").step == 7
+    train(exact_run(tmp_path / "stopped", folder))
+    assert losses(tmp_path / "stopped") == pytest.approx(right, rel=5e-5)
+    assert final(tmp_path / "stopped").record["cursor"] == final(tmp_path / "alone").record["cursor"]
+
+
+def test_torchrun_starts_it_and_one_rank_talks(tmp_path, shards):
+    recipe = tmp_path / "mine.py"
+    recipe.write_text(
+        "from pathlib import Path\n"
+        "from tests.test_train import tiny_run\n"
+        f"def mine(): return tiny_run(Path({str(tmp_path / 'run')!r}), Path({str(shards())!r}))\n"
+    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "evaclip"]
+    done = subprocess.run(
+        [*command, "train", f"{recipe}:mine", "--steps", "3"],
+        capture_output=True, text=True, cwd=Path(__file__).parents[1], env=None, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("done: 3 steps") == 1
+    assert done.stderr.count("from step 0 on 2 x cpu (ddp)") == 1
+    assert final(tmp_path / "run").step == 3
+
+
+def test_a_bad_start_ends_every_rank(tmp_path, shards):
+    folder = shards()
+    next(folder.glob("*.tar")).write_bytes(b"no tar")
+    results = in_ranks(2, failing, tmp_path / "run", folder)
+    assert "is not" in results[0] or "tar" in results[0]
+    assert "the first process stopped" in results[1]
+
+
+def failing(folder: Path, shards: Path) -> str:
+    from evaclip.errors import InputError
+
+    try:
+        run(folder, shards, "ddp")
+    except InputError as error:
+        return str(error)
+    return ""
