@@ -123,7 +123,7 @@ def trained_model(run_dir: Path) -> tuple[Clip, dict[str, str]]:
     found = checkpoint.newest(run_dir / "checkpoints", kinds=("model",))
     if found is None:
         raise CheckpointError(f"the run in {run_dir} has no checkpoint yet")
-    model = Clip(config.model)
+    model = config.objective.student(config.model)
     model.load_state_dict(found.tensors["model"])
     return model.eval(), {"name": config.model.name, "run": str(run_dir), "step": str(found.step)}
 

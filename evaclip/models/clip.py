@@ -12,6 +12,8 @@ from evaclip.models.vision import VisionTower
 
 # CLIP starts at a temperature of 0.07 and never goes below 0.01 (arXiv 2103.00020, section 2.5).
 INITIAL_LOGIT_SCALE = math.log(1 / 0.07)
+# SigLIP starts here, so that the many wrong pairs do not swamp the first steps (arXiv 2303.15343, section 3.2).
+SIGMOID_LOGIT_SCALE, SIGMOID_LOGIT_BIAS = math.log(10.0), -10.0
 LARGEST_LOGIT_SCALE = math.log(100.0)
 
 
@@ -22,12 +24,14 @@ class Clip(nn.Module):
     libraries cannot split a scalar, and it is float32 whatever the towers are.
     """
 
-    def __init__(self, shape: ClipShape) -> None:
+    def __init__(self, shape: ClipShape, *, logit_bias: bool = False) -> None:
+        """`logit_bias`: whether the loss is SigLIP's, which learns a bias and starts at its own values."""
         super().__init__()
         self.shape = shape
         self.visual = VisionTower(shape.vision, shape.dim)
         self.text = TextTower(shape.text, shape.dim)
-        self.logit_scale = nn.Parameter(torch.full([1], INITIAL_LOGIT_SCALE))
+        self.logit_scale = nn.Parameter(torch.full([1], SIGMOID_LOGIT_SCALE if logit_bias else INITIAL_LOGIT_SCALE))
+        self.logit_bias = nn.Parameter(torch.full([1], SIGMOID_LOGIT_BIAS)) if logit_bias else None
 
     def encode_image(
         self,

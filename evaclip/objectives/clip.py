@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,7 @@ from evaclip.models.clip import Clip
 from evaclip.models.shapes import ClipShape
 from evaclip.objectives.columns import Exchange, early_exchange
 from evaclip.objectives.contrastive import contrastive_loss
+from evaclip.objectives.sigmoid import sigmoid_loss
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,20 +32,28 @@ class ClipConfig:
     """Share of each target that is spread over the batch."""
     max_logit_scale: float = 100.0
     """The logit scale is held between 1 and this after every step."""
+    loss: Literal["softmax", "sigmoid"] = "softmax"
+    """CLIP's contrastive loss, or SigLIP's, which has no softmax over the batch and learns a bias."""
     loss_precision: Literal["fp16", "fp32"] = "fp16"
     """What the features are rounded to in the loss; its sums are float32 in both."""
     ring: bool = False
     """Pass captions on instead of gathering them: less memory, more waiting; for batches past a million."""
+    pack_captions: bool = True
+    """Text tower: no padding, each caption at its own length; the features are the same."""
     checkpointing: bool = False
     """Keep no activations inside the blocks and compute them again in the backward pass."""
 
     def build(self, shape: ClipShape, seed: int) -> "ClipObjective":
         """The objective with freshly initialised towers."""
-        return ClipObjective(self, Clip(shape), seed)
+        return ClipObjective(self, self.student(shape), seed)
+
+    def student(self, shape: ClipShape) -> Clip:
+        """The towers, with the learnt scalars that the loss needs."""
+        return Clip(shape, logit_bias=self.loss == "sigmoid")
 
 
 class ClipObjective(nn.Module):
-    """See `objectives.Objective`. Features are unit image rows, unit text rows and the logit scale."""
+    """See `engine.Objective`. Features are unit image rows, unit text rows, the logit scale and SigLIP's bias."""
 
     def __init__(self, config: ClipConfig, student: Clip, seed: int) -> None:
         super().__init__()
@@ -53,9 +62,10 @@ class ClipObjective(nn.Module):
         self.seed = seed
         self._exchange = Exchange()
         student.set_checkpointing(config.checkpointing)
+        student.text.packed = config.pack_captions
 
-    def forward(self, batch: Batch, whole: bool = False) -> tuple[Tensor, Tensor, Tensor]:
-        """Unit image features [batch, dim], unit text features [batch, dim], logit scale [1], in float32.
+    def forward(self, batch: Batch, whole: bool = False) -> tuple[Tensor, ...]:
+        """Unit image features [batch, dim], unit text features [batch, dim], logit scale [1], in float32, [bias [1]].
 
         The text tower comes first: the captions of a `whole` batch then travel while the image tower works.
         """
@@ -67,19 +77,19 @@ class ClipObjective(nn.Module):
         if whole and self._exchange.group is not None and not self.config.ring:
             text, self._exchange = early_exchange(text, self._exchange, self.config.loss_precision)
         image = self.student.encode_image(normalized(batch.images), keep=keep, drop_path=drop)
-        return F.normalize(image.float(), dim=1), text, self.student.logit_scale.exp()
+        scalars = [self.student.logit_scale.exp()]
+        if self.student.logit_bias is not None:
+            scalars.append(self.student.logit_bias.view_as(self.student.logit_bias))
+        return F.normalize(image.float(), dim=1), text, *scalars
 
     def loss(self, features: Sequence[Tensor]) -> tuple[Tensor, Mapping[str, Tensor]]:
-        """The symmetric contrastive loss; metrics are its accuracies and the scale."""
-        image, text, scale = features
-        loss, stats = contrastive_loss(
-            image,
-            text,
-            scale,
-            label_smoothing=self.config.label_smoothing,
-            precision=self.config.loss_precision,
-            exchange=self._exchange,
-        )
+        """The loss of the whole batch; metrics are its accuracies and the scale."""
+        image, text, scale, *bias = features
+        how: dict[str, Any] = {"precision": self.config.loss_precision, "exchange": self._exchange}
+        if bias:
+            loss, stats = sigmoid_loss(image, text, scale, bias[0], **how)
+        else:
+            loss, stats = contrastive_loss(image, text, scale, label_smoothing=self.config.label_smoothing, **how)
         metrics = {
             "loss": loss.detach(),
             "accuracy/image_to_text": stats.image_to_text,
@@ -89,9 +99,9 @@ class ClipObjective(nn.Module):
         return loss, metrics
 
     def join(self, parts: Sequence[Sequence[Tensor]]) -> tuple[Tensor, ...]:
-        """Rows of all parts; the scale is the same in each, so its gradient belongs to the last alone."""
-        images, texts, scales = zip(*parts, strict=True)
-        return torch.cat(images), torch.cat(texts), scales[-1]
+        """Rows of all parts; the scalars are the same in each, so their gradient belongs to the last alone."""
+        images, texts, *scalars = zip(*parts, strict=True)
+        return torch.cat(images), torch.cat(texts), *(values[-1] for values in scalars)
 
     def constrain(self) -> list[nn.Parameter]:
         """Clamp the logit scale on the parameter itself."""

@@ -102,6 +102,14 @@ class Block:
     """Where these columns stand among this process's own, None for another's."""
 
 
+def sent_off(rows: Tensor, exchange: Exchange) -> tuple[Tensor, Tensor | Gathered]:
+    """This process's rows, and what `sweep` takes to see those of all; gathering begins now if it has not before."""
+    if exchange.group is None or exchange.ring:
+        return rows, rows
+    gathered = exchange.arriving or Gathered(rows, exchange.group)
+    return gathered.wait()[dist.get_rank(exchange.group)], gathered  # a view: the rows are not kept twice
+
+
 def sweep(
     values: Sequence[Tensor | Gathered],
     totals: Sequence[Total],

@@ -24,10 +24,10 @@ Label smoothing of weight e adds a rank-one term: e (mean_i S_ii - mean_ij S_ij)
 Gradients are those that data-parallel training averages: n times the derivative of the loss on each process, so that
 the mean over the processes is the gradient of one process with the whole batch, for the logit scale as well.
 
-Memory of a process beside its features and their gradients, at two bytes a feature and four a gradient:
-B x D x 2 for the gathered captions (two neighbours' worth, 2 b D (2 + 2 x 4), in a ring), 2 n c D x 4 for the totals of
-two chunks of c columns per process, a few tiles, a dozen vectors of length b, and the tiles of the forward pass when
-all of them fit KEPT_BYTES (a quarter of the work saved).
+Memory of a process beside its float32 features, in bytes: 2 B D for the gathered captions, 2 b D for its images in
+16 bits, 8 b D for the two gradients, two buffers of TOTALS_BYTES, a few tiles, a dozen vectors of length b, and the
+tiles of the forward pass when all of them fit KEPT_BYTES (a quarter of the work saved). In a ring 40 b D at most.
+benchmarks/loss_share.py measures it.
 """
 
 import math
@@ -42,25 +42,23 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
-from evaclip.objectives.columns import Exchange, Gathered, Total, mean, slices, sweep
-from evaclip.objectives.tiles import CPU_TILE, GPU_TILE, How, add_product, diagonal_view, inner, logits
+from evaclip.objectives.columns import Exchange, Gathered, Total, mean, sent_off, slices, sweep
+from evaclip.objectives.tiles import (
+    CPU_TILE,
+    GPU_TILE,
+    ROUNDING,
+    ContrastiveStats,
+    How,
+    add_product,
+    diagonal_view,
+    inner,
+    logits,
+)
 
 # A process's tiles are kept for the backward pass up to this size: a batch of 4,096 in one process.
 KEPT_BYTES = 64 * 2**20
-# A pair is found if its logit leads by more than this times the scale: two equal captions are a tie, not a match.
-ROUNDING = 1e-6
 # Smallest sum of exponentials that is trusted; below it float32 is about to lose terms.
 TINY_SUM = 1e-30
-
-
-@dataclass(frozen=True)
-class ContrastiveStats:
-    """How many of the batch's pairs find each other, as fractions on the device of the features."""
-
-    image_to_text: Tensor
-    """Images whose own caption has the highest logit."""
-    text_to_image: Tensor
-    """Captions whose own image has the highest logit."""
 
 
 def contrastive_loss(
@@ -98,16 +96,14 @@ class _Contrastive(torch.autograd.Function):
         exchange, local = how.exchange, len(image)
         batch = local * exchange.processes
         image, text = image.to(how.dtype), text.to(how.dtype)
-        arriving = exchange.arriving
-        if arriving is None and exchange.group is not None and not exchange.ring:
-            arriving = Gathered(text, exchange.group)
+        text, captions = sent_off(text, exchange)
         diagonal = scale * inner(image, text)
         kept: list[Tensor] | None = [] if local * batch * 4 <= KEPT_BYTES else None
-        sums = _shared_reference_sums(image, arriving or text, scale, how, kept)
+        sums = _shared_reference_sums(image, captions, scale, how, kept)
         trusted = _trusted(sums, exchange.group) or batch == 1
         if not trusted:
             kept = None
-            sums = _own_reference_sums(image, arriving or text, scale, how)
+            sums = _own_reference_sums(image, captions, scale, how)
         row, column = sums.row.log() + sums.row_reference, sums.column.log() + sums.column_reference
         found = diagonal - ROUNDING * scale
         parts = [
@@ -121,7 +117,7 @@ class _Contrastive(torch.autograd.Function):
             parts[0] = parts[0] + how.smoothing * (diagonal.mean() - scale[0] * (means[0] @ means[1]))
         loss, i2t, t2i = mean(torch.stack(parts), exchange).unbind()
         ctx.save_for_backward(image, text, scale, diagonal, row, column, means)
-        ctx.how, ctx.arriving, ctx.trusted, ctx.kept = how, arriving, trusted, kept
+        ctx.how, ctx.captions, ctx.trusted, ctx.kept = how, captions, trusted, kept
         ctx.mark_non_differentiable(i2t, t2i)
         return loss, i2t, t2i
 
@@ -146,7 +142,7 @@ class _Contrastive(torch.autograd.Function):
         total = Total(d_text.zero_())
         kept = iter(ctx.kept or ())
         width = how.columns(local, text.shape[1], text.shape[1])
-        blocks = sweep([ctx.arriving or text, all_column], [total], exchange, chunk=width)
+        blocks = sweep([ctx.captions, all_column], [total], exchange, chunk=width)
         for block in blocks:
             captions, block_column = block.values
             block_factor = (reference - block_column).exp()

@@ -11,11 +11,24 @@ from evaclip.objectives.columns import Block, Exchange
 CPU_TILE = (512, 1024)
 GPU_TILE = (4096, 8192)
 # Totals of the captions' gradient that a process holds at a time, two of them while one travels.
-TOTALS_BYTES = 48 * 2**20
+TOTALS_BYTES = 12 * 2**20
 # Columns of a process below which tiles get slower than the memory is worth.
 FEWEST_COLUMNS = 256
 # Entries of the gradient matrix are at most 2, so in float16 they keep most digits after this factor.
 SIXTEEN_BIT_FACTOR = 4096.0
+
+# A pair is found if its logit leads by more than this times the scale: two equal captions are a tie, not a match.
+ROUNDING = 1e-6
+
+
+@dataclass(frozen=True)
+class ContrastiveStats:
+    """How many of the batch's pairs find each other, as fractions on the device of the features."""
+
+    image_to_text: Tensor
+    """Images whose own caption has the highest logit."""
+    text_to_image: Tensor
+    """Captions whose own image has the highest logit."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -227,3 +227,26 @@ def test_a_small_shape_has_all_parts_of_b16():
     small = eva02_small("s", image_size=32, patch_size=4, width=96, depth=2, heads=3, dim=32, text=text)
     assert (small.vision.swiglu, small.vision.sub_ln, small.vision.rope) == (True, True, True)
     assert small.vision.mlp_hidden == 256 and small.vision.patches == 64
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_packed_captions_have_the_padded_ones_features_and_gradients(tiny_shape, checkpointing):
+    """Captions of 1 to 77 tokens beside the full padded form."""
+    torch.manual_seed(0)
+    tower = TextTower(tiny_shape.text, 24)
+    tower.checkpointing = checkpointing
+    tokens = torch.zeros(77, 77, dtype=torch.int32)
+    for row in range(77):
+        tokens[row, :row] = torch.randint(1, 49_000, (row,))
+        tokens[row, row] = 49407
+    order = torch.randperm(77)
+    weights, found = torch.randn(77, 24), {}
+    for packed in (False, True):
+        tower.packed = packed
+        tower.zero_grad()
+        features = tower(tokens[order])
+        (features * weights).sum().backward()
+        found[packed] = (features.detach(), {name: p.grad.clone() for name, p in tower.named_parameters()})
+    assert (found[True][0] - found[False][0]).abs().max() <= 1e-6 * found[False][0].abs().max()
+    for name, right in found[False][1].items():
+        assert (found[True][1][name] - right).norm() <= 2e-6 * right.norm() + 1e-9, name
