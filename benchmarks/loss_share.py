@@ -20,7 +20,9 @@ class Repeated(columns.Gathered):
     '''As if the other processes had the same captions.'''
     def wait(self):
         gathered = super().wait()
-        gathered.copy_(self.rows.expand_as(gathered))
+        if self.rows is not None:
+            gathered.copy_(self.rows.expand_as(gathered))
+            self.rows = None
         return gathered
     def __init__(self, rows, group):
         self.rows = rows.detach()

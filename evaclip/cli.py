@@ -10,6 +10,7 @@ USAGE = """evaclip: train CLIP models bootstrapped from EVA, and score them zero
 
   evaclip quickstart                         the whole job on handwritten digits, in minutes
   evaclip recipes [NAME]                     the named runs; with a name, all of its fields
+  evaclip plan RECIPE --gpus N               memory, arithmetic and hours of one, before it stands in a queue
   evaclip train RECIPE [--field.sub VALUE]   run one, or continue it with --resume auto; on several GPUs:
                                              torchrun --nproc-per-node 8 -m evaclip train RECIPE
   evaclip zeroshot --dataset D --model RUN   score a trained model
@@ -97,6 +98,26 @@ def recipes(arguments: list[str]) -> None:
         print(f"{name}\n    {(inspect.getdoc(recipe) or '').splitlines()[0]}")
 
 
+def plan(arguments: list[str]) -> None:
+    """`evaclip plan RECIPE --gpus N`."""
+    import tyro
+
+    from evaclip.config import RunConfig
+    from evaclip.plan import PlanCommand, run_plan
+    from evaclip.recipes import RECIPES, recipe_named
+
+    if not arguments or arguments[0].startswith("-"):
+        known = "\n".join(f"  {name}" for name in RECIPES)
+        print(f"usage: evaclip plan RECIPE --gpus N [--run.field.sub value]\n{known}")
+        return
+    config = recipe_named(arguments[0])()
+
+    def planned(command: tyro.conf.OmitArgPrefixes[PlanCommand], run: RunConfig = config) -> None:
+        run_plan(run, command)
+
+    tyro.cli(planned, args=arguments[1:], prog=f"evaclip plan {arguments[0]}", description=PlanCommand.__doc__)
+
+
 def zeroshot(arguments: list[str]) -> None:
     """`evaclip zeroshot`."""
     import tyro
@@ -138,5 +159,5 @@ def doctor(arguments: list[str]) -> None:
 
 
 VERBS: dict[str, Callable[[list[str]], int | None]] = {
-    verb.__name__: verb for verb in (quickstart, recipes, train, zeroshot, data, doctor)
+    verb.__name__: verb for verb in (quickstart, recipes, plan, train, zeroshot, data, doctor)
 }

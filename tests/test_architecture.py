@@ -14,7 +14,7 @@ PACKAGE = Path(evaclip.__file__).parent
 ROWS = (
     {"cli"},
     {"quickstart"},
-    {"evaluate", "curate", "doctor"},
+    {"evaluate", "curate", "doctor", "plan"},
     {"train"},
     {"recipes"},
     {"config"},

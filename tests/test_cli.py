@@ -38,7 +38,7 @@ def test_recipes_are_listed_explained_and_survive_json(name, capfd):
 
 def test_a_recipe_of_ones_own_is_a_function_in_a_file(tmp_path, capfd):
     (tmp_path / "mine.py").write_text(
-        "from dataclasses import replace\nfrom evaclip.recipes import eva02_tiny_digits\n"
+        "from dataclasses import replace\nfrom evaclip.recipes.small import eva02_tiny_digits\n"
         "def my_run():\n    'Mine.'\n    return replace(eva02_tiny_digits(), name='my_run', steps=7)\n"
     )
     assert main(["recipes", f"{tmp_path}/mine.py:my_run"]) == 0

@@ -118,7 +118,7 @@ class Engine:
 
     def _send_back(self, features: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> None:
         """The gradient of a micro-batch's features to the parameters."""
-        reached = [(f, g) for f, g in zip(features, gradients, strict=True) if g is not None]
+        reached = [(f, g) for f, g in zip(features, gradients, strict=True) if g is not None and f.requires_grad]
         torch.autograd.backward([f for f, _ in reached], [g for _, g in reached])
 
     def _unsynchronised(self) -> AbstractContextManager[Any]:

@@ -32,6 +32,8 @@ class ClipConfig:
     """Share of each target that is spread over the batch."""
     max_logit_scale: float = 100.0
     """The logit scale is held between 1 and this after every step."""
+    fixed_logit_scale: float | None = None
+    """Do not learn the logit scale, keep it at this."""
     loss: Literal["softmax", "sigmoid"] = "softmax"
     """CLIP's contrastive loss, or SigLIP's, which has no softmax over the batch and learns a bias."""
     loss_precision: Literal["fp16", "fp32"] = "fp16"
@@ -63,6 +65,8 @@ class ClipObjective(nn.Module):
         self._exchange = Exchange()
         student.set_checkpointing(config.checkpointing)
         student.text.packed = config.pack_captions
+        if config.fixed_logit_scale is not None:
+            student.logit_scale.requires_grad_(False).fill_(math.log(config.fixed_logit_scale))
 
     def forward(self, batch: Batch, whole: bool = False) -> tuple[Tensor, ...]:
         """Unit image features [batch, dim], unit text features [batch, dim], logit scale [1], in float32, [bias [1]].

@@ -1,53 +1,17 @@
-"""Named runs. Each is a function without arguments that returns the whole configuration; its docstring tells what it
-takes and what came out. Any field can be changed from the command line: `evaclip train NAME --optim.vision.lr 1e-3`,
-and a recipe of one's own is a function in any file: `evaclip train mine.py:my_run`.
-"""
+"""Runs for two cores and ten minutes: `evaclip quickstart`'s digits, and CIFAR-10."""
 
-import runpy
-from collections.abc import Callable
 from pathlib import Path
 
 from evaclip.checkpoint import CheckpointConfig
 from evaclip.config import EvalConfig, RunConfig
 from evaclip.data.shards import DataConfig, SourceConfig
 from evaclip.engine import EngineConfig
-from evaclip.errors import InputError, did_you_mean, near_path
 from evaclip.evals.zero_shot import ZeroShotConfig
 from evaclip.models.shapes import TextShape, eva02_small
 from evaclip.objectives.clip import ClipConfig
 from evaclip.optim import OptimConfig, TowerRates
 
-Recipe = Callable[[], RunConfig]
-RECIPES: dict[str, Recipe] = {}
 
-
-def recipe(function: Recipe) -> Recipe:
-    """Lists a function as a recipe under its own name."""
-    RECIPES[function.__name__] = function
-    return function
-
-
-def recipe_named(name: str) -> Recipe:
-    """The recipe of that name, or `file.py:function` of one's own. Raises InputError with the nearest name."""
-    path, _, function = name.rpartition(":")
-    if path.endswith(".py"):
-        return _from_file(Path(path), function)
-    if name not in RECIPES:
-        raise InputError(f"no recipe is called {name!r}; {did_you_mean(name, RECIPES)}")
-    return RECIPES[name]
-
-
-def _from_file(path: Path, function: str) -> Recipe:
-    if not path.is_file():
-        raise InputError(f"the recipe file {path} does not exist; {near_path(path)}")
-    found = runpy.run_path(str(path))
-    if not callable(found.get(function)):
-        functions = [name for name, value in found.items() if callable(value) and not name.startswith("_")]
-        raise InputError(f"{path} has no function {function!r}; {did_you_mean(function, functions)}")
-    return found[function]
-
-
-@recipe
 def eva02_tiny_digits() -> RunConfig:
     """A small EVA-02 dual tower on 1,437 handwritten digits; what `evaclip quickstart` runs.
 
@@ -79,7 +43,6 @@ def eva02_tiny_digits() -> RunConfig:
     )  # fmt: skip
 
 
-@recipe
 def eva02_tiny_cifar10() -> RunConfig:
     """A small EVA-02 dual tower on CIFAR-10's 50,000 training images with captions, scored on the 10,000 test images.
 
