@@ -113,3 +113,27 @@ def test_state_is_there_before_the_first_step():
     params = parameters()
     optimizer = Lamb(params)
     assert all(set(optimizer.state[p]) == {"exp_avg", "exp_avg_sq"} for p in params)
+
+
+def test_the_calls_of_a_step_do_not_grow_with_the_number_of_tensors():
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Counting(TorchDispatchMode):
+        def __init__(self):
+            super().__init__()
+            self.calls = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            self.calls += 1
+            return function(*args, **(kwargs or {}))
+
+    def calls(tensors: int) -> int:
+        parameters = [torch.nn.Parameter(torch.ones(3, 2)) for _ in range(tensors)]
+        optimizer = Lamb(parameters, weight_decay=0.1)
+        for p in parameters:
+            p.grad = torch.ones_like(p)
+        with Counting() as counting:
+            optimizer.step()
+        return counting.calls
+
+    assert calls(4) == calls(400) < 60
