@@ -83,8 +83,8 @@ def draw(found: dict[str, dict[int, list[float]]]) -> None:
             x = world + (offset - 0.5) * 0.3 + np.linspace(-0.1, 0.1, len(values))
             label = {"ours": "evaclip's LAMB", "timm": "a LAMB that knows nothing of ZeRO"}[whose]
             axes.plot(x, values, ".", color=color, markersize=4, label=label if world == 1 else None)
-    axes.set(yscale="log", xlabel="processes under DeepSpeed ZeRO-1", xticks=[1, 2, 4],
-             ylabel="distance / way gone", title="Weights after 20 steps, against float64 LAMB (a dot is a tensor)")  # fmt: skip
+    axes.set(yscale="log", xlabel="processes under DeepSpeed ZeRO-1", xticks=[1, 2, 4], ylabel="distance / way gone")
+    axes.set_title("Weights after 20 steps, against float64 LAMB (a dot is a tensor)")
     axes.grid(alpha=0.3)
     axes.legend(loc="center right", frameon=False)
     figure.savefig(Path(__file__).parents[1] / "docs" / "lamb_under_zero.png", dpi=110)

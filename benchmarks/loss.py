@@ -64,9 +64,9 @@ def main() -> None:
         ["batch", "dim", "ours, s", "open_clip, s", "speed", "ours, MB extra", "open_clip, MB extra",
          "ours, gradient error", "open_clip, gradient error"],
         rows,
-        "Ours rounds features to float16, open_clip's are float32; sums are float32 in both. Extra memory is the growth of "
-        "the process's peak, gradients of the features included. The gradient error is "
-        "that of the image features against float64 at logit scale 100, at a batch of at most 4,096.",
+        "Ours rounds features to float16, open_clip's are float32; sums are float32 in both. Extra memory is the "
+        "growth of the process's peak, gradients of the features included. The gradient error is that of the image "
+        "features against float64 at logit scale 100, at a batch of at most 4,096.",
     )  # fmt: skip
 
 

@@ -75,8 +75,13 @@ def main() -> None:
             errors = [((f.double() - q * r).norm() / r.norm()).item()
                       for f, r, q in zip(found, right, ratios, strict=True)]  # fmt: skip
             rows.append(
-                [str(world), whose, f"{ratios[0]:.4f}", f"{ratios[1]:.4f}", f"{ratios[2]:.4f}"]
-                + [f"{max(errors[:2]):.0e}", f"{1000 * seconds:.0f}"]
+                [
+                    str(world),
+                    whose,
+                    *(f"{ratio:.4f}" for ratio in ratios),
+                    f"{max(errors[:2]):.0e}",
+                    f"{1000 * seconds:.0f}",
+                ]
             )
     write_result(
         "loss_ranks", "Gradients averaged over processes, as a ratio to those of one process in float64",

@@ -1,6 +1,7 @@
 """The command line: a verb finds its function, nothing else."""
 
 import errno
+import itertools
 import sys
 from collections.abc import Callable, Sequence
 
@@ -48,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def train(arguments: list[str]) -> int:
-    """`evaclip train RECIPE [--field.sub value]`."""
+    """`evaclip train RECIPE [RECIPE ...] [--field.sub value]`: several are phases, one after the other."""
     import tyro
 
     from evaclip.config import RunConfig
@@ -60,20 +61,22 @@ def train(arguments: list[str]) -> int:
         known = "\n".join(f"  {name}" for name in RECIPES)
         print(f"usage: evaclip train RECIPE [--field.sub value]; each recipe lists its fields with --help\n{known}")
         return 0 if arguments and arguments[0] in ("--help", "-h") else 2
-    recipe = recipe_named(arguments[0])
-    config = tyro.cli(
-        RunConfig,
-        default=recipe(),
-        args=arguments[1:],
-        prog=f"evaclip train {arguments[0]}",
-        description=recipe.__doc__,
-    )
+    phases = list(itertools.takewhile(lambda word: not word.startswith("-"), arguments))
+    rest = arguments[len(phases) :]
+    configs = [
+        tyro.cli(RunConfig, default=recipe(), args=rest, prog=f"evaclip train {name}", description=recipe.__doc__)
+        for name, recipe in ((name, recipe_named(name)) for name in phases)
+    ]
     with joined():
-        outcome, speaks = run(config), is_main()
-    if outcome.stopped_by is None:
-        if speaks:
-            print(f"done: {outcome.step:,} steps, {config.run_dir}")
-        return 0
+        speaks = is_main()
+        for config in configs:
+            outcome = run(config)
+            if outcome.stopped_by is not None:
+                break
+            if speaks:
+                print(f"done: {outcome.step:,} steps, {config.run_dir}")
+        else:
+            return 0
     again = [word for word in arguments if word not in ("--resume", "auto", "never")]
     if speaks:
         print(

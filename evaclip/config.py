@@ -43,6 +43,9 @@ class RunConfig:
     """Decides initialisation, order, crops and masks."""
     resume: Literal["never", "auto"] = "never"
     """`auto` continues the run in run_dir if there is one."""
+    start_from: Path | None = None
+    """Run whose weights this one starts from, as its next phase: another masking, another resolution. On the same data
+    and seed it goes on with the pairs that come after those which that run has seen."""
     allow_data_change: bool = False
     """Resume although the shards are not those of the checkpoint."""
     model: ClipShape

@@ -53,9 +53,13 @@ def _train(config: RunConfig) -> Outcome:
         shards = ShardSet(config.data)
     torch.manual_seed(config.seed)
     evaluators = [ZeroShot(part) for part in config.evals.zero_shot]
-    objective = config.objective.build(config.model, config.seed).to(config.engine.resolved_device())
+    objective = config.objective.build(config.model, config.seed)
+    before = _phase_before(config)
+    if before is not None:
+        objective.student.start_from(before.tensors["model"])
+    objective = objective.to(config.engine.resolved_device())
     engine = build_engine(config.engine, objective, config.optim)
-    step, cursor = _resume(config, engine, shards)
+    step, cursor = _resume(config, engine, shards, before)
     stream = Stream(
         shards,
         cursor,
@@ -205,11 +209,29 @@ def _claim(run_dir: Path, config: RunConfig) -> None:
         )
 
 
-def _resume(config: RunConfig, engine: Engine, shards: ShardSet) -> tuple[int, Cursor]:
+def _phase_before(config: RunConfig) -> checkpoint.Checkpoint | None:
+    """The newest checkpoint of the run that this one starts from."""
+    if config.start_from is None:
+        return None
+    load_config(config.start_from)  # or a sentence that says what is wrong with the folder
+    found = checkpoint.newest(config.start_from / "checkpoints", kinds=("model",))
+    if found is None:
+        raise CheckpointError(f"the run in {config.start_from}, to start from, has no checkpoint yet")
+    return found
+
+
+def _resume(
+    config: RunConfig, engine: Engine, shards: ShardSet, before: checkpoint.Checkpoint | None
+) -> tuple[int, Cursor]:
     """Step and data state to start from, and the engine in the state that belongs to them."""
     folder = config.run_dir
     found = checkpoint.newest(folder / "checkpoints") if config.resume == "auto" else None
     step, cursor = 0, Cursor(shards.fingerprint, config.seed, 0)
+    if before is not None:
+        seen = Cursor.from_record(before.record["cursor"])
+        if (seen.fingerprint, seen.seed) == (cursor.fingerprint, cursor.seed):
+            cursor = replace(cursor, position=seen.position)
+        say(f"starting from step {before.step:,} of {config.start_from}, at pair {cursor.position:,} of the data")
     if found is not None:
         cursor = Cursor.from_record(found.record["cursor"])
         if cursor.fingerprint != shards.fingerprint:

@@ -7,9 +7,12 @@ a checkpoint holds whole tensors, which any number of processes can read.
 """
 
 import os
+import shutil
+import sys
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -62,6 +65,8 @@ class ZeroEngine(Engine):
             ) from None
         if self.device.type == "cpu":
             os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        if shutil.which("ninja") is None:  # it may lie beside a python that was started by its path
+            os.environ["PATH"] = os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", "")))
         if not dist.is_initialized():
             raise InputError(f"--engine.kind {self.config.kind} spreads work over processes: start them with torchrun")
         settings = {

@@ -1,11 +1,14 @@
 """The dual tower."""
 
 import math
+from collections.abc import Mapping
 
 import torch
 from jaxtyping import Float, Int, Int64
+from timm.layers.pos_embed import resample_abs_pos_embed
 from torch import Tensor, nn
 
+from evaclip.errors import InputError
 from evaclip.models.shapes import ClipShape
 from evaclip.models.text import TextTower
 from evaclip.models.vision import VisionTower
@@ -50,6 +53,27 @@ class Clip(nn.Module):
         """Keep no activations inside the blocks and compute them again in the backward pass."""
         self.visual.checkpointing = enabled
         self.text.checkpointing = enabled
+
+    def start_from(self, state: Mapping[str, Tensor]) -> None:
+        """Take the weights of a model that may have seen another resolution.
+
+        The position embedding is resampled to this model's grid (bicubic, as in timm); rotary angles follow from the
+        shape. Raises InputError where anything else differs.
+        """
+        own = self.state_dict()
+        taken = dict(state)
+        position = "visual.trunk.pos_embed"
+        if position in taken and position in own and taken[position].shape != own[position].shape:
+            grid = self.shape.vision.image_size // self.shape.vision.patch_size
+            taken[position] = resample_abs_pos_embed(taken[position], [grid, grid], num_prefix_tokens=1)
+        different = sorted(
+            n for n in own.keys() | taken.keys() if n not in own or n not in taken or own[n].shape != taken[n].shape
+        )
+        if different:
+            raise InputError(
+                f"{different[0]} and {len(different) - 1} other parameters differ from those to start from"
+            )
+        self.load_state_dict(taken)
 
     @torch.no_grad()
     def clamp_logit_scale(self, largest: float = LARGEST_LOGIT_SCALE) -> None:

@@ -28,6 +28,7 @@ RECIPES: dict[str, Recipe] = {
         published.eva02_clip_e14_plus,
         published.eva_clip_8b,
         published.eva_clip_18b,
+        published.eva_clip_18b_unmasked,
     )
 }
 

@@ -128,12 +128,13 @@ def eva02_clip_l14_published() -> RunConfig:
 def eva02_clip_l14_336() -> RunConfig:
     """EVA-02 CLIP L/14 at 336 px, 2B pairs after L/14's 4B, batch 61,440 on 128 GPUs, unmasked. Published: 80.4 %.
 
-    It continues L/14's weights, which have to be resized first; until evaclip can do that it starts from nothing.
+    The phase after `eva02_clip_l14`, whose run it starts from: `evaclip train eva02_clip_l14 eva02_clip_l14_336`.
     """
-    return _run(
+    run = _run(
         "eva02_clip_l14_336", "EVA02-L-14-336", samples=2e9, batch=61_440, sources=MERGED_2B,
         vision=(4e-4, 0.75), text=(4e-5, 0.65), objective=ClipConfig(mask_ratio=0.0, checkpointing=True),
     )  # fmt: skip
+    return replace(run, start_from=Path("runs/eva02_clip_l14"))
 
 
 def eva02_clip_e14() -> RunConfig:
@@ -165,9 +166,21 @@ def eva_clip_8b() -> RunConfig:
 
 
 def eva_clip_18b() -> RunConfig:
-    """EVA-CLIP 18B, 5.4B pairs of Merged-2B at 50 % masking, batch 108k on 360 GPUs. Published after two more phases,
-    without masking and on video, which are not part of this recipe: 83.8 %."""
+    """EVA-CLIP 18B, first phase: 5.4B pairs of Merged-2B at 50 % masking, batch 108k on 360 GPUs."""
     return _run(
         "eva_clip_18b", "EVA-CLIP-18B", samples=5.4e9, batch=108_000, sources=MERGED_2B, vision=(4e-4, 0.9),
         text=(4e-5, 0.75), kind="fsdp2", objective=_FIXED_SCALE, betas=(0.9, 0.95), weight_decay=0.0,
     )  # fmt: skip
+
+
+def eva_clip_18b_unmasked() -> RunConfig:
+    """EVA-CLIP 18B, second phase: 0.6B pairs without masking. Published, with LAION-COCO here and a third phase on
+    video: 83.8 %. `evaclip train eva_clip_18b eva_clip_18b_unmasked` runs both."""
+    return replace(
+        eva_clip_18b(),
+        name="eva_clip_18b_unmasked",
+        run_dir=Path("runs/eva_clip_18b_unmasked"),
+        start_from=Path("runs/eva_clip_18b"),
+        steps=round(0.6e9 / 108_000),
+        objective=replace(_FIXED_SCALE, mask_ratio=0.0),
+    )
