@@ -18,6 +18,7 @@ LIBRARIES = ("torch", "timm", "open_clip_torch", "webdataset", "tokenizers", "si
 # Package, how to get it, and what it is for; all of it works without them.
 OPTIONAL = (
     ("flash_attn", "pip install 'evaclip[flash]'", "flash-attn's own attention kernels"),
+    ("deepspeed", "pip install 'evaclip[deepspeed]'", "--engine.kind zero1 and zero2"),
     ("wandb", "pip install 'evaclip[wandb]'", "logging to Weights & Biases"),
 )
 TOOLS = (

@@ -24,7 +24,7 @@ COUNTED = 2
 HELD = {
     "ddp": {"parameters": 1, "gradients": 1, "moments": 1},
     "zero1": {"parameters": 1, "gradients": 1, "moments": "n"},
-    "zero2": {"parameters": 1, "gradients": "n", "moments": "n"},
+    "zero2": {"parameters": 1, "gradients": 1, "moments": "n"},  # gradients are whole until the step reduces them
     "fsdp2": {"parameters": "n", "gradients": "n", "moments": "n"},
 }
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from evaclip.data.pipeline import Batch
-from evaclip.engine import Engine, EngineConfig
+from evaclip.engine import Engine, EngineConfig, build_engine
 from evaclip.errors import CheckpointError, InputError
 from evaclip.objectives.clip import ClipConfig
 from evaclip.optim import OptimConfig, TowerRates
@@ -147,3 +147,46 @@ def test_a_gpu_that_is_not_there_is_a_sentence(monkeypatch):
     with pytest.raises(InputError, match="torch sees no CUDA device"):
         EngineConfig(device="cuda").resolved_device()
     assert EngineConfig(device="auto").resolved_device().type == "cpu"
+
+
+@pytest.mark.parametrize("kind", ["zero1", "fsdp2"])
+def test_engines_that_spread_the_work_say_how_to_start(tiny_shape, kind):
+    objective = ClipConfig().build(tiny_shape, seed=0)
+    for precision, sentence in (("fp32", "start them with torchrun"), ("fp16", "take bf16|start them with torchrun")):
+        with pytest.raises(InputError, match=sentence):
+            build_engine(EngineConfig(device="cpu", kind=kind, precision=precision), objective, OptimConfig())
+
+
+def test_a_budget_keeps_activations_and_saves_second_passes(tiny_shape):
+    """All but the last micro-batch fit a large budget, none a small one; the gradient is the same (see the ranks)."""
+    passes = {}
+    for budget in (0.0, 1e-6, 1.0):
+        found = engine(tiny_shape, micro_batches=4, keep_activations_gb=budget)
+        found.forward_backward(batch())  # the first step measures
+        calls = []
+        found.objective.register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        found.forward_backward(batch())
+        passes[budget] = len(calls)
+    assert passes == {0.0: 8, 1e-6: 8, 1.0: 5}
+
+
+def test_a_fixed_logit_scale_is_not_learnt(tiny_shape):
+    for parts in (1, 2):
+        found = engine(tiny_shape, objective={"fixed_logit_scale": 50.0}, micro_batches=parts)
+        for _ in range(2):
+            found.forward_backward(batch())
+            found.step()
+        assert "logit_scale" not in found.parameters
+        assert found.objective.student.logit_scale.exp().item() == pytest.approx(50, rel=1e-6)
+
+
+def test_the_sigmoid_loss_trains_with_its_bias(tiny_shape):
+    whole, split = (engine(tiny_shape, objective={"loss": "sigmoid"}, micro_batches=n) for n in (1, 4))
+    first = whole.forward_backward(batch())["loss"].item()
+    assert split.forward_backward(batch())["loss"].item() == pytest.approx(first, rel=1e-3)
+    for name, right in gradients(whole).items():
+        assert (gradients(split)[name] - right).norm() <= 2e-3 * right.norm() + 1e-7, name
+    for _ in range(10):
+        whole.step()
+        last = whole.forward_backward(batch())["loss"].item()
+    assert last < first and whole.parameters["logit_bias"].grad is not None

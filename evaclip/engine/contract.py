@@ -96,8 +96,8 @@ class EngineConfig:
     device: str = "auto"
     """`cuda`, `cpu`, or `auto` for a GPU if there is one."""
     kind: Literal["ddp", "zero1", "zero2", "fsdp2"] = "ddp"
-    """How several processes share the work: parameters in each (DDP); optimizer state spread over them (DeepSpeed's
-    ZeRO-1), gradients as well (ZeRO-2); everything spread (FSDP2), for towers too large for one GPU."""
+    """How several processes share the work: everything in each (DDP); optimizer state spread over them (DeepSpeed's
+    ZeRO-1), reduced gradients as well (ZeRO-2); everything spread (FSDP2), for towers too large for one GPU."""
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
     """Arithmetic of the towers; parameters, optimizer and loss are float32 in each."""
     micro_batches: int = 1
