@@ -62,7 +62,8 @@ class TextTower(TextTransformer):
         if self.packed:
             packing = packed(ends, tokens.shape[1])
             places = packing.where % packing.length
-            x = self.token_embedding(tokens.flatten()[packing.where]) + self.positional_embedding[places]
+            # An embedding, since the backward pass of plain indexing adds up in another order on every run.
+            x = self.token_embedding(tokens.flatten()[packing.where]) + F.embedding(places, self.positional_embedding)
             x = self._blocks(x, packing)[packing.starts[1:] - 1]
         else:
             x = self.token_embedding(tokens) + self.positional_embedding[: tokens.shape[1]]

@@ -85,6 +85,13 @@ class Exchange:
     """The captions' gradient on its way home when somebody waits for it later, see `early_exchange`."""
     waited_for: bool = False
 
+    def brought_home(self, total: Total) -> Tensor:
+        """The captions' gradient: whole, or on its way when somebody waits for it later."""
+        if not self.waited_for:
+            return total.wait()
+        self.returning.append(total)
+        return total.home
+
     @property
     def processes(self) -> int:
         """How many there are."""

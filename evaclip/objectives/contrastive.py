@@ -44,13 +44,12 @@ from torch.distributed import ProcessGroup
 
 from evaclip.objectives.columns import Exchange, Gathered, Total, mean, sent_off, slices, sweep
 from evaclip.objectives.tiles import (
-    CPU_TILE,
-    GPU_TILE,
     ROUNDING,
     ContrastiveStats,
     How,
     add_product,
     diagonal_view,
+    how_to,
     inner,
     logits,
 )
@@ -78,12 +77,7 @@ def contrastive_loss(
     features; sums are float32. `tile`: rows and columns of a tile. Gradients reach all three tensors and are to be
     averaged over the processes.
     """
-    how = How(
-        smoothing=label_smoothing,
-        tile=tile or (GPU_TILE if image.is_cuda else CPU_TILE),
-        dtype=torch.float16 if precision == "fp16" else torch.float32,
-        exchange=exchange or Exchange(),
-    )
+    how = how_to(image, precision, tile, exchange, label_smoothing)
     loss, i2t, t2i = _Contrastive.apply(image.float(), text.float(), scale.float(), how)  # type: ignore[misc]
     return loss, ContrastiveStats(i2t, t2i)
 
@@ -160,12 +154,8 @@ class _Contrastive(torch.autograd.Function):
                 diagonal_view(g, rows, block).zero_()
                 add_product(d_image[rows], g, captions, factor)
                 add_product(block.totals[0], g.T, image[rows], factor)
-        if exchange.waited_for:
-            exchange.returning.append(total)
-        else:
-            total.wait()
         d_scale = (torch.stack([inner(image[rows], d_image[rows]).sum() for rows in slices(local, how.tile[0])])).sum()
-        return d_image, total.home, (d_scale / scale).reshape(1), None
+        return d_image, exchange.brought_home(total), (d_scale / scale).reshape(1), None
 
 
 @dataclass

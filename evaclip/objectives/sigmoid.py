@@ -20,13 +20,12 @@ from torch.autograd.function import once_differentiable
 
 from evaclip.objectives.columns import Block, Exchange, Gathered, Total, mean, sent_off, slices, sweep
 from evaclip.objectives.tiles import (
-    CPU_TILE,
-    GPU_TILE,
     ROUNDING,
     ContrastiveStats,
     How,
     add_product,
     diagonal_view,
+    how_to,
     inner,
     logits,
 )
@@ -43,12 +42,7 @@ def sigmoid_loss(
     exchange: Exchange | None = None,
 ) -> tuple[Float[Tensor, ""], ContrastiveStats]:
     """The mean loss of an image over all processes, and the accuracies; arguments as in `contrastive_loss`."""
-    how = How(
-        smoothing=0.0,
-        tile=tile or (GPU_TILE if image.is_cuda else CPU_TILE),
-        dtype=torch.float16 if precision == "fp16" else torch.float32,
-        exchange=exchange or Exchange(),
-    )
+    how = how_to(image, precision, tile, exchange)
     loss, i2t, t2i = _Sigmoid.apply(image.float(), text.float(), scale.float(), bias.float(), how)  # type: ignore[misc]
     return loss, ContrastiveStats(i2t, t2i)
 
@@ -102,12 +96,8 @@ class _Sigmoid(torch.autograd.Function):
             d_bias += g.sum()
             add_product(d_image[rows], g, block.values[0], factor * scale)
             add_product(block.totals[0], g.T, image[rows], factor * scale)
-        if ctx.how.exchange.waited_for:
-            ctx.how.exchange.returning.append(total)
-        else:
-            total.wait()
         d_scale = (inner(image, d_image).sum() / scale).reshape(1)
-        return d_image, total.home, d_scale, (factor * d_bias).reshape(1), None
+        return d_image, ctx.how.exchange.brought_home(total), d_scale, (factor * d_bias).reshape(1), None
 
 
 def _tiles(

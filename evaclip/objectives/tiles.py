@@ -1,6 +1,7 @@
 """Tiles of the matrix of logits: products of image rows and caption rows, in float32 from features of 16 or 32 bits."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -44,6 +45,22 @@ class How:
         """Columns of a block: a tile's, or fewer where their totals, `totals` floats each, would take too much."""
         fit = TOTALS_BYTES // (4 * max(totals, 1) * self.exchange.processes)
         return min(self.tile[1], batch, max(fit, FEWEST_COLUMNS) if self.exchange.processes > 1 else batch)
+
+
+def how_to(
+    image: Tensor,
+    precision: Literal["fp16", "fp32"],
+    tile: tuple[int, int] | None,
+    exchange: Exchange | None,
+    smoothing: float = 0.0,
+) -> How:
+    """What the caller chose, with the device's own tile and one process where he chose none."""
+    return How(
+        smoothing=smoothing,
+        tile=tile or (GPU_TILE if image.is_cuda else CPU_TILE),
+        dtype=torch.float16 if precision == "fp16" else torch.float32,
+        exchange=exchange or Exchange(),
+    )
 
 
 def logits(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:

@@ -250,3 +250,21 @@ def test_packed_captions_have_the_padded_ones_features_and_gradients(tiny_shape,
     assert (found[True][0] - found[False][0]).abs().max() <= 1e-6 * found[False][0].abs().max()
     for name, right in found[False][1].items():
         assert (found[True][1][name] - right).norm() <= 2e-6 * right.norm() + 1e-9, name
+
+
+def test_packed_captions_give_the_same_bits_on_every_run():
+    """Enough tokens that torch shares the sums of the gradients among its threads."""
+    torch.manual_seed(0)
+    tower = TextTower(TextShape(width=128, depth=1, heads=2), 32)
+    tower.packed = True
+    tokens = torch.zeros(512, 20, dtype=torch.int32)
+    for row in range(512):
+        length = 5 + row % 14
+        tokens[row, :length] = torch.randint(1, 40_000, (length,))
+        tokens[row, length] = 49407
+    weights, runs = torch.randn(512, 32), []
+    for _ in range(5):
+        tower.zero_grad()
+        (tower(tokens) * weights).sum().backward()
+        runs.append({name: p.grad.clone() for name, p in tower.named_parameters()})
+    assert all(torch.equal(gradient, other[name]) for name, gradient in runs[0].items() for other in runs[1:])
