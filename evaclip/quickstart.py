@@ -46,7 +46,7 @@ def run_quickstart(command: QuickstartCommand) -> float:
     config = recipe_named(RECIPE)()
     source = replace(config.data.sources[0], shards=(str(data / "shards"),))
     benchmark = replace(config.evals.zero_shot[0], data=data)
-    train(
+    outcome = train(
         replace(
             config,
             run_dir=run_dir,
@@ -55,6 +55,8 @@ def run_quickstart(command: QuickstartCommand) -> float:
             evals=replace(config.evals, zero_shot=(benchmark,)),
         )
     )
+    if outcome.stopped_by is not None:
+        raise KeyboardInterrupt
     say("3/3  scoring the saved model, as `evaclip zeroshot` does")
     top1 = run_zero_shot(ZeroShotCommand(dataset="digits", model=run_dir, data=data, workers=0))
     say(f"look at {run_dir / 'report.html'}; it took {clock(time.monotonic() - start)}")

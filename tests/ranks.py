@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 
 # Longest that a group of ranks may take, in seconds.
-LIMIT = 200
+LIMIT = 400
 
 
 def in_ranks(world: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
@@ -84,7 +84,7 @@ def _rank(rank: int, world: int, folder: Path, queue: Any, function: Callable[..
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank))
     dist.init_process_group(
-        "gloo", init_method=f"file://{folder / 'store'}", rank=rank, world_size=world, timeout=timedelta(seconds=60)
+        "gloo", init_method=f"file://{folder / 'store'}", rank=rank, world_size=world, timeout=timedelta(seconds=180)
     )
     try:
         result = function(*_unpacked(arguments))

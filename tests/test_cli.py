@@ -80,3 +80,12 @@ def test_quickstart_removes_only_what_a_quickstart_wrote(tmp_path):
     (tmp_path / "thesis.tex").unlink()
     _clear(tmp_path)
     assert not tmp_path.exists()
+
+
+def test_a_quickstart_that_is_stopped_scores_nothing(tmp_path, monkeypatch, capfd):
+    from evaclip.train import Outcome
+
+    monkeypatch.setattr("evaclip.quickstart.train", lambda config: Outcome(5, "SIGTERM"))
+    assert main(["quickstart", "--out", str(tmp_path / "q")]) == 130
+    said = capfd.readouterr()
+    assert "3/3" not in said.err and "evaclip: interrupted" in said.err
