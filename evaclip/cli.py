@@ -1,9 +1,11 @@
 """The command line: a verb finds its function, nothing else."""
 
 import errno
+import importlib
 import itertools
 import sys
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from evaclip.errors import InputError, did_you_mean
 
@@ -121,35 +123,31 @@ def plan(arguments: list[str]) -> None:
     tyro.cli(planned, args=arguments[1:], prog=f"evaclip plan {arguments[0]}", description=PlanCommand.__doc__)
 
 
-def zeroshot(arguments: list[str]) -> None:
-    """`evaclip zeroshot`."""
-    import tyro
+def command(name: str, module: str, kind: str, function: str) -> Callable[[list[str]], int | None]:
+    """The verb `name`: its arguments become a `kind`, a dataclass of `module`, which `function` of it is called with.
 
-    from evaclip.evaluate import ZeroShotCommand, run_zero_shot
+    The module is imported when the verb is used, so that asking for help loads nothing heavy.
+    """
 
-    run_zero_shot(tyro.cli(ZeroShotCommand, args=arguments, prog="evaclip zeroshot"))
+    def verb(arguments: list[str]) -> int | None:
+        import tyro
+
+        found: Any = importlib.import_module(module)
+        outcome = getattr(found, function)(tyro.cli(getattr(found, kind), args=arguments, prog=f"evaclip {name}"))
+        return outcome if isinstance(outcome, int) else None
+
+    return verb
 
 
-def data(arguments: list[str]) -> None:
+def data(arguments: list[str]) -> int | None:
     """`evaclip data VERB`."""
-    import tyro
-
-    if not arguments or arguments[0] != "caption":
-        raise InputError(f"evaclip data knows the verb caption; {did_you_mean((arguments or [''])[0], ['caption'])}")
-    from evaclip.curate.caption import CaptionCommand, caption
-
-    command = tyro.cli(CaptionCommand, args=arguments[1:], prog="evaclip data caption")
-    paths = caption(command.recipe, command.data, command.out)
-    print(f"{len(paths)} shards in {command.out}")
-
-
-def quickstart(arguments: list[str]) -> None:
-    """`evaclip quickstart`."""
-    import tyro
-
-    from evaclip.quickstart import QuickstartCommand, run_quickstart
-
-    run_quickstart(tyro.cli(QuickstartCommand, args=arguments, prog="evaclip quickstart"))
+    verb, *rest = arguments or [""]
+    if verb in ("", "--help", "-h"):
+        print("usage: evaclip data VERB; the verbs, each with a --help of its own:", *DATA_VERBS, sep="\n  ")
+        return 0 if verb else 2
+    if verb not in DATA_VERBS:
+        raise InputError(f"evaclip data has no verb {verb!r}; {did_you_mean(verb, DATA_VERBS)}")
+    return DATA_VERBS[verb](rest)
 
 
 def doctor(arguments: list[str]) -> None:
@@ -162,5 +160,14 @@ def doctor(arguments: list[str]) -> None:
 
 
 VERBS: dict[str, Callable[[list[str]], int | None]] = {
-    verb.__name__: verb for verb in (quickstart, recipes, plan, train, zeroshot, data, doctor)
+    "quickstart": command("quickstart", "evaclip.quickstart", "QuickstartCommand", "run_quickstart"),
+    "recipes": recipes,
+    "plan": plan,
+    "train": train,
+    "zeroshot": command("zeroshot", "evaclip.evaluate", "ZeroShotCommand", "run_zero_shot"),
+    "data": data,
+    "doctor": doctor,
+}
+DATA_VERBS: dict[str, Callable[[list[str]], int | None]] = {
+    "caption": command("data caption", "evaclip.curate.caption", "CaptionCommand", "run_caption"),
 }

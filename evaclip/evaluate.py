@@ -7,12 +7,12 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from evaclip.encoder import clip_of_run
 from evaclip.engine import EngineConfig
 from evaclip.evals.card import load_card
 from evaclip.evals.layouts import find_images
 from evaclip.evals.zero_shot import check_count, save_result, zero_shot
 from evaclip.log import say
-from evaclip.train import trained_model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +42,7 @@ def run_zero_shot(command: ZeroShotCommand) -> float:
     card = load_card(command.dataset)
     images = find_images(card, command.data or Path("data") / card.name)
     check_count(card, images, command.allow_partial)
-    model, origin = trained_model(command.model)
+    model, origin = clip_of_run(command.model)
     device = EngineConfig(device=command.device).resolved_device()
     result = zero_shot(model.to(device), card, images, device, command.batch, command.workers)
     record = result.record(origin, model.shape.vision.image_size)

@@ -4,6 +4,8 @@ open_clip's next major version changes its interface; when it comes, this file c
 takes seconds (it loads torchvision and every model family), so only code that builds a model or a tokenizer does.
 """
 
+from open_clip.factory import create_model, get_tokenizer
+from open_clip.pretrained import list_pretrained_tags_by_model
 from open_clip.tokenizer import SimpleTokenizer, default_bpe
 from open_clip.transformer import TextTransformer
 from open_clip.zero_shot_metadata import IMAGENET_CLASSNAMES, OPENAI_IMAGENET_TEMPLATES
@@ -13,5 +15,8 @@ __all__ = [
     "OPENAI_IMAGENET_TEMPLATES",
     "SimpleTokenizer",
     "TextTransformer",
+    "create_model",
     "default_bpe",
+    "get_tokenizer",
+    "list_pretrained_tags_by_model",
 ]

@@ -121,17 +121,6 @@ def evaluate(evaluators: list[ZeroShot], engine: Engine, run_dir: Path, step: in
     return found
 
 
-def trained_model(run_dir: Path) -> tuple[Clip, dict[str, str]]:
-    """The model of a run's newest whole checkpoint, and where it comes from."""
-    config = load_config(run_dir)
-    found = checkpoint.newest(run_dir / "checkpoints", kinds=("model",))
-    if found is None:
-        raise CheckpointError(f"the run in {run_dir} has no checkpoint yet")
-    model = config.objective.student(config.model)
-    model.load_state_dict(found.tensors["model"])
-    return model.eval(), {"name": config.model.name, "run": str(run_dir), "step": str(found.step)}
-
-
 class Meter:
     """Turns what happens in a step into numbers for the log, and into warnings."""
 

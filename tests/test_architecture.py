@@ -14,11 +14,12 @@ PACKAGE = Path(evaclip.__file__).parent
 ROWS = (
     {"cli"},
     {"quickstart"},
-    {"evaluate", "curate", "doctor", "plan"},
+    {"evaluate", "curate", "doctor", "plan", "export", "search"},
     {"train"},
     {"recipes"},
     {"config"},
     {"objectives", "evals", "guard"},
+    {"encoder"},
     {"data", "models", "optim", "engine", "checkpoint", "report"},
     {"distributed", "keyed", "log", "records", "shipped", "openclip", "errors"},
 )

@@ -17,6 +17,7 @@ from evaclip import checkpoint
 from evaclip.cli import main
 from evaclip.config import RunConfig
 from evaclip.data.shards import DataConfig, SourceConfig
+from evaclip.encoder import clip_of_run
 from evaclip.engine import EngineConfig
 from evaclip.errors import DivergedError
 from evaclip.log import LogConfig, read_log
@@ -24,7 +25,7 @@ from evaclip.models.shapes import TextShape, eva02_small
 from evaclip.objectives.clip import ClipConfig
 from evaclip.optim import OptimConfig, TowerRates
 from evaclip.recipes import RECIPES
-from evaclip.train import train, trained_model
+from evaclip.train import train
 
 
 def tiny_run(folder: Path, shards: Path, **changes) -> RunConfig:
@@ -87,7 +88,7 @@ def test_training_learns_and_leaves_what_it_promises(tmp_path, recipe, capfd):
     assert f"done: 60 steps, {folder}" in said.out
     assert "8 of 16 patches seen in training" in said.err and "60 steps x 16 = 960 pairs, 15 epochs" in said.err
     assert list((folder / "tensorboard").iterdir()) and (folder / "report.html").stat().st_size > 10_000
-    model, origin = trained_model(folder)
+    model, origin = clip_of_run(folder)
     assert origin["step"] == "60" and not model.training
 
 

@@ -54,6 +54,12 @@ def load_caption_recipe(name: str) -> CaptionRecipe:
     return structured(tomllib.loads(known[name].read_text()), CaptionRecipe, known[name])
 
 
+def run_caption(command: CaptionCommand) -> None:
+    """Write the shards, and say where."""
+    paths = caption(command.recipe, command.data, command.out)
+    print(f"{len(paths)} shards in {command.out}")
+
+
 def caption(recipe_name: str, data: Path, out: Path) -> list[Path]:
     """Write the shards of a recipe from the labelled images in `data` to `out`."""
     recipe = load_caption_recipe(recipe_name)

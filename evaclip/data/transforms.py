@@ -64,8 +64,10 @@ def training_pixels(
     return _resized(pixels[top : top + height, left : left + width], size)
 
 
-def evaluation_pixels(image: Image.Image, size: int) -> UInt8[Tensor, "3 size size"]:
-    """Shortest side to `size` (bicubic, antialiased), centre crop: bit for bit torchvision's Resize and CenterCrop.
+def evaluation_pixels(
+    image: Image.Image, size: int, filter: Image.Resampling = Image.Resampling.BICUBIC
+) -> UInt8[Tensor, "3 size size"]:
+    """Shortest side to `size` (antialiased), centre crop: bit for bit torchvision's Resize and CenterCrop.
 
     The conversion to RGB comes first: a palette cannot be interpolated.
     """
@@ -74,7 +76,7 @@ def evaluation_pixels(image: Image.Image, size: int) -> UInt8[Tensor, "3 size si
     short = min(width, height)
     if short != size:
         width, height = (size, int(size * height / width)) if width <= height else (int(size * width / height), size)
-        image = image.resize((width, height), Image.Resampling.BICUBIC)
+        image = image.resize((width, height), filter)
     left, top = round((width - size) / 2.0), round((height - size) / 2.0)
     cropped = image.crop((left, top, left + size, top + size))
     return torch.from_numpy(np.array(cropped)).permute(2, 0, 1).contiguous()

@@ -1,0 +1,181 @@
+"""A trained dual encoder, whoever trained it: images and captions in, unit vectors out.
+
+Everything that uses a model without training it (benchmarks, teachers, export, search, filtering) takes an `Encoder`,
+so each of them works with a run of ours, an exported folder, and any model of open_clip.
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, UInt8
+from PIL import Image
+from torch import Tensor, nn
+
+from evaclip import checkpoint
+from evaclip.data.tokenizer import clip_tokenizer, cut_to_longest
+from evaclip.data.transforms import MEAN, STD, evaluation_pixels
+from evaclip.errors import CheckpointError, InputError, near_path
+from evaclip.models.clip import Clip
+from evaclip.models.shapes import ClipShape
+from evaclip.openclip import create_model, get_tokenizer, list_pretrained_tags_by_model
+from evaclip.records import structured
+
+Triple = tuple[float, float, float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preprocessing:
+    """How an image becomes what the image tower takes."""
+
+    size: int
+    """Pixels of a side."""
+    mean: Triple = MEAN
+    """Subtracted from each channel, pixels counted from 0 to 1."""
+    std: Triple = STD
+    """Divides each channel."""
+    interpolation: str = "bicubic"
+    """PIL's filter of the resize."""
+    resize: str = "shortest"
+    """`shortest`: the shortest side becomes `size`, then the centre is cut out; `squash`: both sides become `size`."""
+
+    def pixels(self, image: Image.Image) -> UInt8[Tensor, "3 size size"]:
+        """An image resized and cropped."""
+        filter = Image.Resampling[self.interpolation.upper()]
+        if self.resize == "squash":
+            image = image.convert("RGB").resize((self.size, self.size), filter)
+        return evaluation_pixels(image, self.size, filter)
+
+    def normalized(self, pixels: UInt8[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch 3 height width"]:
+        """float32, on the pixels' device."""
+        mean = torch.tensor(self.mean, device=pixels.device)[:, None, None]
+        std = torch.tensor(self.std, device=pixels.device)[:, None, None]
+        return (pixels.to(torch.float32) / 255 - mean) / std
+
+
+@dataclass(frozen=True, kw_only=True)
+class Encoder:
+    """Two towers into one space, and what they take."""
+
+    name: str
+    """What the model is called."""
+    model: nn.Module
+    """Has `encode_image(normalised images)` and `encode_text(token ids)`; features are not normalised."""
+    preprocessing: Preprocessing
+    tokenizer: Callable[[Sequence[str]], Tensor]
+    """Captions to padded rows of ids."""
+    device: torch.device
+    origin: dict[str, str] = field(default_factory=dict)
+    """Where the weights come from, for records."""
+
+    @torch.inference_mode()
+    def images(self, pixels: UInt8[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch dim"]:
+        """Unit rows, float32, on the encoder's device."""
+        prepared = self.preprocessing.normalized(pixels.to(self.device))
+        return F.normalize(self._towers.encode_image(prepared).float(), dim=1)
+
+    @torch.inference_mode()
+    def texts(self, captions: Sequence[str], batch: int = 1024) -> Float[Tensor, "captions dim"]:
+        """Unit rows, float32, on the encoder's device."""
+        tokens = self.tokenizer(captions)
+        parts = [self._towers.encode_text(part.to(self.device)).float() for part in tokens.split(batch)]
+        return F.normalize(torch.cat(parts), dim=1)
+
+    @property
+    def _towers(self) -> Any:
+        return self.model
+
+
+def load_encoder(source: str | Path, device: torch.device | str = "cpu") -> Encoder:
+    """A model by the folder of a run, the folder of an export, or an open_clip name.
+
+    `source`: a run's folder (its newest whole checkpoint); a folder with `open_clip_config.json`; `NAME:TAG` or `NAME`
+    of open_clip, with random weights only where TAG is the word `random`; `hf-hub:ORGANISATION/NAME`. Raises
+    CheckpointError or InputError with one sentence.
+    """
+    folder, device = Path(source), torch.device(device)
+    if (folder / "open_clip_config.json").is_file():
+        return _from_open_clip(f"local-dir:{folder}", None, device)
+    if folder.is_dir():
+        return _from_run(folder, device)
+    name, _, tag = str(source).partition(":")
+    if name == "hf-hub":
+        return _from_open_clip(str(source), None, device)
+    if "/" in str(source) or str(source).startswith("."):
+        raise CheckpointError(f"the model {source} does not exist; {near_path(folder)}")
+    return _from_open_clip(name, tag or _only_tag(name), device)
+
+
+def clip_of_run(run_dir: Path) -> tuple[Clip, dict[str, str]]:
+    """The towers of a run's newest whole checkpoint, and where they come from. Raises CheckpointError."""
+    path = run_dir / "config.json"
+    try:
+        config = json.loads(path.read_text())
+        shape, loss = config["model"], config["objective"]["loss"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{run_dir} is not the folder of a run that has two towers: {error}") from None
+    found = checkpoint.newest(run_dir / "checkpoints", kinds=("model",))
+    if found is None:
+        raise CheckpointError(f"the run in {run_dir} has no checkpoint yet")
+    model = Clip(structured(shape, ClipShape, path), logit_bias=loss == "sigmoid")
+    model.load_state_dict(found.tensors["model"])
+    return model.eval(), {"name": model.shape.name, "run": str(run_dir), "step": str(found.step)}
+
+
+def _from_run(folder: Path, device: torch.device) -> Encoder:
+    model, origin = clip_of_run(folder)
+    return encoder_of(model.to(device), origin)
+
+
+def encoder_of(model: Clip, origin: dict[str, str]) -> Encoder:
+    """An encoder of towers that are in memory, on the device where they are."""
+    tokenizer = clip_tokenizer(model.shape.text.context)
+    return Encoder(
+        name=model.shape.name,
+        model=model,
+        preprocessing=Preprocessing(size=model.shape.vision.image_size),
+        tokenizer=lambda captions: cut_to_longest(tokenizer(captions)),
+        device=model.logit_scale.device,
+        origin=origin,
+    )
+
+
+def _only_tag(name: str) -> str:
+    """The weights of a name that come first in open_clip's list, which are the authors' own."""
+    tags = list_pretrained_tags_by_model(name)
+    if not tags:
+        raise InputError(f"no model is called {name!r}: neither a folder nor a model of open_clip with weights")
+    return tags[0]
+
+
+def _from_open_clip(name: str, tag: str | None, device: torch.device) -> Encoder:
+    weights = None if tag == "random" else tag
+    try:
+        model = create_model(name, pretrained=weights, device=device)
+        tokenizer = get_tokenizer(name)
+    except Exception as error:  # open_clip and the hub raise a dozen kinds for a file that is not there
+        raise InputError(
+            f"the weights of {name}{f':{tag}' if tag else ''} cannot be had: {str(error).splitlines()[0]}. Without a "
+            "network, name a folder that holds open_clip_config.json and its weights, or a run's folder"
+        ) from None
+    found: dict[str, Any] = model.visual.preprocess_cfg  # type: ignore[union-attr]
+    size = found["size"]
+    preprocessing = Preprocessing(
+        size=size if isinstance(size, int) else size[0],
+        mean=tuple(found["mean"]),
+        std=tuple(found["std"]),
+        interpolation=found["interpolation"],
+        resize=found["resize_mode"],
+    )
+    return Encoder(
+        name=name.removeprefix("local-dir:"),
+        model=model.eval(),
+        preprocessing=preprocessing,
+        tokenizer=lambda captions: tokenizer(list(captions)),
+        device=device,
+        origin={"name": name} | ({"weights": tag} if tag else {}),
+    )

@@ -1,0 +1,78 @@
+"""The one way to a trained model: runs, open_clip folders, open_clip names."""
+
+import json
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from safetensors.torch import save_file
+
+from evaclip import checkpoint
+from evaclip.encoder import load_encoder
+from evaclip.errors import CheckpointError, InputError
+from evaclip.models.clip import Clip
+from evaclip.recipes.small import eva02_tiny_digits
+from evaclip.records import unstructured
+
+PICTURE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (70, 50, 3), dtype=np.uint8))
+CAPTIONS = ["a photo of a cat", "two dogs & a very, very long walk"]
+VISION = {"image_size": 32, "patch_size": 8, "width": 32, "layers": 2, "head_width": 16}
+TEXT = {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2}
+
+
+@pytest.fixture(scope="module")
+def open_clip_folder(tmp_path_factory):
+    """A model of another shape, preprocessing and kind than ours, as open_clip saves it."""
+    folder = tmp_path_factory.mktemp("export")
+    config = {
+        "model_cfg": {"embed_dim": 24, "vision_cfg": VISION, "text_cfg": TEXT},
+        "preprocess_cfg": {"mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bilinear", "resize_mode": "squash"},
+    }
+    (folder / "open_clip_config.json").write_text(json.dumps(config))
+    model = open_clip.model.CLIP(24, open_clip.CLIPVisionCfg(**VISION), open_clip.CLIPTextCfg(**TEXT))
+    save_file(model.state_dict(), folder / "open_clip_model.safetensors")
+    return folder
+
+
+def test_an_open_clip_folder_gives_open_clips_features(open_clip_folder):
+    encoder = load_encoder(open_clip_folder)
+    model, _, transform = open_clip.create_model_and_transforms(f"local-dir:{open_clip_folder}")
+    tokens = open_clip.get_tokenizer(f"local-dir:{open_clip_folder}")(CAPTIONS)
+    with torch.inference_mode():
+        image = F.normalize(model.eval().encode_image(transform(PICTURE)[None]), dim=1)
+        text = F.normalize(model.encode_text(tokens), dim=1)
+    torch.testing.assert_close(encoder.images(encoder.preprocessing.pixels(PICTURE)[None]), image)
+    torch.testing.assert_close(encoder.texts(CAPTIONS), text)
+
+
+def test_a_run_gives_its_towers(tmp_path):
+    config = eva02_tiny_digits()
+    model = Clip(config.model).eval()
+    checkpoint.save(tmp_path / "checkpoints", 7, {"model": model.state_dict()}, {})
+    (tmp_path / "config.json").write_text(json.dumps(unstructured(config)))
+    encoder = load_encoder(tmp_path)
+    assert encoder.origin["step"] == "7" and encoder.name == config.model.name
+    pixels = encoder.preprocessing.pixels(PICTURE)[None]
+    with torch.inference_mode():
+        expected = F.normalize(model.encode_image(encoder.preprocessing.normalized(pixels)), dim=1)
+    assert torch.equal(encoder.images(pixels), expected)
+    assert encoder.texts(CAPTIONS).shape == (2, config.model.dim)
+
+
+def test_an_open_clip_name_may_be_random():
+    assert load_encoder("ViT-S-32-alt:random").images(torch.zeros(1, 3, 224, 224, dtype=torch.uint8)).shape == (1, 256)
+
+
+def test_what_cannot_be_had_is_one_sentence(tmp_path):
+    with pytest.raises(InputError, match="no model is called 'ViT-Q-99'"):
+        load_encoder("ViT-Q-99")
+    with pytest.raises(CheckpointError, match="does not exist"):
+        load_encoder(tmp_path / "nothing")
+    with pytest.raises(CheckpointError, match="not the folder of a run"):
+        load_encoder(tmp_path)
+    (tmp_path / "open_clip_config.json").write_text("{")
+    with pytest.raises(InputError, match=r"cannot be had: .*Without a network"):
+        load_encoder(tmp_path)
