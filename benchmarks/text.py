@@ -10,13 +10,13 @@ from evaclip.models.text import TextTower
 BATCH = 64
 
 
-def captions(mean: int) -> torch.Tensor:
+def captions(mean: int, batch: int = BATCH) -> torch.Tensor:
     """Token ids whose lengths are spread as a gamma distribution of shape 4 around the mean, from 3 to 77."""
     random = torch.Generator().manual_seed(0)
     lengths = torch.distributions.Gamma(4.0, 4.0 / mean)
     torch.manual_seed(0)
-    drawn = lengths.sample((BATCH,)).round().int().clamp(3, 77)
-    tokens = torch.zeros(BATCH, 77, dtype=torch.int32)
+    drawn = lengths.sample((batch,)).round().int().clamp(3, 77)
+    tokens = torch.zeros(batch, 77, dtype=torch.int32)
     for row, length in enumerate(drawn.tolist()):
         tokens[row, : length - 1] = torch.randint(1, 49_000, (length - 1,), generator=random)
         tokens[row, length - 1] = 49407

@@ -38,7 +38,7 @@ class PlanCommand:
     caption_tokens: int = 20
     """Mean length of the captions, start and end included."""
     peak_tflops: float = 989.0
-    """What one GPU can do in 16 bits at best; 989 is an H100's or H200's, 312 an A100's."""
+    """What one GPU can do in 16 bits at best, dense; 989 is an H100's or H200's, 312 an A100's."""
     mfu: float = 0.4
     """Share of that which training is expected to reach."""
 
@@ -75,8 +75,9 @@ def plan(config: RunConfig, command: PlanCommand) -> Plan:
     towers, kept, repeated = _towers(model, config, command.caption_tokens)
     batch, dim = config.batch_size, config.model.dim
     held = {part: count / (command.gpus if how == "n" else 1) for part, how in HELD[config.engine.kind].items()}
+    copies = 2 * count if config.engine.precision == "pure_bf16" and config.engine.kind == "ddp" else 0
     memory = {
-        "parameters": 4 * held["parameters"],
+        "parameters": 4 * held["parameters"] + copies,
         "gradients": 4 * held["gradients"],
         "moments": 8 * held["moments"],
         "activations": kept * micro,

@@ -53,11 +53,12 @@ def _train(config: RunConfig) -> Outcome:
         shards = ShardSet(config.data)
     torch.manual_seed(config.seed)
     evaluators = [ZeroShot(part) for part in config.evals.zero_shot]
-    objective = config.objective.build(config.model, config.seed)
+    with config.engine.construction():
+        objective = config.objective.build(config.model, config.seed)
     before = _phase_before(config)
-    if before is not None:
-        objective.student.start_from(before.tensors["model"])
-    objective = objective.to(config.engine.resolved_device())
+    with main_first():
+        if before is not None and is_main():  # every engine begins with the first process's values
+            objective.student.start_from(before.tensors["model"])
     engine = build_engine(config.engine, objective, config.optim)
     step, cursor = _resume(config, engine, shards, before)
     stream = Stream(

@@ -5,9 +5,10 @@ import torch
 
 from evaclip.data.pipeline import Batch
 from evaclip.engine import Engine, EngineConfig, build_engine
+from evaclip.engine.loss_scale import LossScale
 from evaclip.errors import CheckpointError, InputError
 from evaclip.objectives.clip import ClipConfig
-from evaclip.optim import OptimConfig, TowerRates
+from evaclip.optim import OptimConfig, TowerRates, set_learning_rates
 
 
 def batch(size: int = 16, first: int = 0) -> Batch:
@@ -154,7 +155,7 @@ def test_a_gpu_that_is_not_there_is_a_sentence(monkeypatch):
     [
         ("zero1", "fp32", "start them with torchrun"),
         ("fsdp2", "fp32", "start them with torchrun"),
-        ("zero2", "fp16", "needs loss scaling, which ZeRO does not do here; take bf16"),
+        ("zero2", "pure_bf16", "pure_bf16 runs under ddp and fsdp2; ZeRO here takes bf16 or fp16"),
     ],
 )
 def test_engines_that_spread_the_work_say_what_they_need(tiny_shape, kind, precision, sentence):
@@ -196,3 +197,53 @@ def test_the_sigmoid_loss_trains_with_its_bias(tiny_shape):
         whole.step()
         last = whole.forward_backward(batch())["loss"].item()
     assert last < first and whole.parameters["logit_bias"].grad is not None
+
+
+def test_an_overflow_halves_the_loss_scale_and_two_thousand_good_steps_double_it():
+    scale = LossScale(dynamic=True)
+    scale.update(finite=False)
+    assert scale.value == 2.0**15
+    for _ in range(2000):
+        scale.update(finite=True)
+    assert scale.value == 2.0**16
+    again = LossScale(dynamic=True)
+    again.restore(scale.state())
+    assert again.state() == scale.state()
+    fixed = LossScale(dynamic=False)
+    fixed.update(finite=False)
+    assert fixed.value == 1.0 and fixed.state() == {}
+
+
+def test_scaled_gradients_come_back_unscaled(tiny_shape):
+    exact, scaled = engine(tiny_shape), engine(tiny_shape, precision="fp16")
+    scaled._loss_scale.value = 8.0
+    for found in (exact, scaled):
+        found.forward_backward(batch())
+        found.step()
+    for name, right in gradients(exact).items():
+        assert (gradients(scaled)[name] - right).norm() <= 0.05 * right.norm() + 1e-4, name
+
+
+def test_pure_bf16_rounds_copies_and_never_the_masters(tiny_shape):
+    found, exact = engine(tiny_shape, precision="pure_bf16"), engine(tiny_shape)
+    start = {name: p.clone() for name, p in exact.parameters.items()}
+    assert all(torch.equal(p, start[name]) for name, p in found.parameters.items())
+    student = found.objective.student
+    assert student.visual.trunk.blocks[0].attn.q_proj.weight.dtype == torch.bfloat16
+    assert student.logit_scale.dtype == torch.float32
+    set_learning_rates(found.optimizer, 1e-4)  # steps too small for bfloat16 to see at once
+    for number in range(3):
+        found.forward_backward(batch(first=16 * number))
+        found.step()
+    weight = "visual.trunk.blocks.0.attn.q_proj.weight"
+    assert not torch.equal(found.state_dict()["model"][weight], start[weight])
+    restored = engine(tiny_shape, precision="pure_bf16")
+    state = {kind: {n: t.clone() for n, t in named.items()} for kind, named in found.state_dict().items()}
+    restored.load_state_dict(state, found.scalars())
+    set_learning_rates(restored.optimizer, 1e-4)
+    for which in (found, restored):
+        which.forward_backward(batch())
+        which.step()
+    assert all(torch.equal(p, restored.parameters[name]) for name, p in found.parameters.items())
+    whole = found.whole_student()
+    assert all(torch.equal(t, whole.state_dict()[n]) for n, t in found.state_dict()["model"].items())

@@ -351,10 +351,18 @@ def test_a_batch_that_does_not_fit_leaves_no_run_behind(recipe):
     assert main(["train", "tiny", "--steps", "1"]) == 0
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize("precision", ["bf16", "pure_bf16"])
 def test_it_trains_in_sixteen_bits(tmp_path, recipe, precision):
     train(recipe(steps=4, engine=EngineConfig(precision=precision, device="cpu")))
     assert all(2 < loss < 7 for loss in losses(tmp_path / "run").values())
+
+
+def test_float16_finds_its_loss_scale_and_trains(tmp_path, recipe):
+    """The first scales are too large: their steps are skipped, and do not count."""
+    train(recipe(steps=24, engine=EngineConfig(precision="fp16", device="cpu")))
+    engine = final(tmp_path / "run").record["engine"]
+    assert 4 <= engine["optimizer_step"] < 24
+    assert engine["loss_scale"]["value"] == 2.0 ** (16 - (24 - engine["optimizer_step"]))
 
 
 def test_weights_and_biases_get_the_same_numbers_when_asked(tmp_path, recipe, monkeypatch):

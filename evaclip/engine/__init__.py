@@ -9,9 +9,10 @@ __all__ = ["Batch", "Engine", "EngineConfig", "Objective", "build_engine"]
 
 
 def build_engine(config: EngineConfig, objective: Objective, optim: OptimizerBuilder) -> Engine:
-    """The engine that the configuration names. The objective is on its device already."""
+    """The engine that the configuration names; it takes the objective to its device."""
     if config.kind == "fsdp2":
         return FullyShardedEngine(config, objective, optim)
+    objective.to(config.resolved_device())
     if config.kind in ("zero1", "zero2"):
         return ZeroEngine(config, objective, optim)
     optimizer = optim.build(objective.student, objective.layers(), flat=False)

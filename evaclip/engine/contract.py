@@ -1,6 +1,7 @@
 """What an engine asks of an objective and of its batches, and how it is configured."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -8,10 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from evaclip.distributed import local_rank
+from evaclip.distributed import is_main, local_rank
 from evaclip.errors import InputError
 
-PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16, "pure_bf16": torch.bfloat16}
 
 
 @runtime_checkable
@@ -36,9 +37,11 @@ class Objective(Protocol):
     one loss and send the gradients back through each. An objective without such a loss has one feature: its loss.
     """
 
-    @property
-    def student(self) -> nn.Module:
-        """What is trained and saved."""
+    student: Any
+    """The module that is trained and saved."""
+
+    def to(self, device: torch.device) -> Any:
+        """Move everything to a device."""
         ...
 
     def __call__(self, batch: Any, whole: bool = False) -> tuple[Tensor, ...]:
@@ -98,12 +101,17 @@ class EngineConfig:
     kind: Literal["ddp", "zero1", "zero2", "fsdp2"] = "ddp"
     """How several processes share the work: everything in each (DDP); optimizer state spread over them (DeepSpeed's
     ZeRO-1), reduced gradients as well (ZeRO-2); everything spread (FSDP2), for towers too large for one GPU."""
-    precision: Literal["fp32", "bf16", "fp16"] = "bf16"
-    """Arithmetic of the towers; parameters, optimizer and loss are float32 in each."""
+    precision: Literal["fp32", "bf16", "fp16", "pure_bf16"] = "bf16"
+    """Arithmetic of the towers; optimizer and loss are float32 in each, and so are the parameters but under
+    `pure_bf16`, where float32 masters stand behind them. `fp16` scales its loss."""
     micro_batches: int = 1
     """Parts of the batch that pass through the towers one after another; the gradient is the same."""
     keep_activations_gb: float = 0.0
     """Memory for micro-batches that keep their activations and so need no second forward pass."""
+
+    def construction(self) -> AbstractContextManager[Any]:
+        """Where an objective is built: without values in the processes that get them from the first."""
+        return torch.device("meta") if self.kind == "fsdp2" and not is_main() else nullcontext()
 
     def resolved_device(self) -> torch.device:
         """The device meant, this process's own GPU. Raises InputError when it is not there."""

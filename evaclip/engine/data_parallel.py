@@ -8,6 +8,7 @@ is memory for the activations of some micro-batches, those have no second pass. 
 once a step.
 """
 
+import copy
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -20,6 +21,8 @@ from torch.optim import Optimizer
 
 from evaclip.distributed import everyone, is_main
 from evaclip.engine.contract import PRECISIONS, Batch, EngineConfig, Objective
+from evaclip.engine.loss_scale import LossScale
+from evaclip.engine.sixteen_bit import Masters
 from evaclip.errors import CheckpointError
 
 
@@ -51,9 +54,14 @@ class Engine:
         self.clip_norm = clip_norm
         self.device = config.resolved_device()
         self.parameters = {n: p for n, p in objective.student.named_parameters() if p.requires_grad}
-        self._scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision == "fp16")
+        self._loss_scale = LossScale(dynamic=config.precision == "fp16")
+        self._masters = self._split_masters(objective.student) if config.precision == "pure_bf16" else None
         self._first_phase: nn.Module = self._wrapped(FirstPhase(objective, config.precision, self.device))
         self._kept: int | None = None if config.keep_activations_gb else 0
+
+    def _split_masters(self, student: nn.Module) -> Masters | None:
+        """Turn the model's parameters into 16 bits; the optimizer keeps the float32 ones."""
+        return Masters(student)
 
     def _wrapped(self, first_phase: FirstPhase) -> nn.Module:
         """The first phase, averaging gradients over processes in its backward pass."""
@@ -85,7 +93,7 @@ class Engine:
                     found.append(self._first_phase(part))
         leaves = [tuple(f.detach().requires_grad_() for f in part) for part in found]
         loss, metrics = self.objective.loss(self.objective.join(leaves))
-        self._scaler.scale(loss).backward()
+        loss.backward()  # from the loss to the features: float32, nothing to scale
         for number, (part, leaf) in enumerate(zip(parts, leaves, strict=True)):
             last = number == len(parts) - 1
             with nullcontext() if last else self._unsynchronised():
@@ -114,12 +122,12 @@ class Engine:
 
     def _backward(self, loss: Tensor) -> None:
         """Gradients of the parameters, averaged over processes."""
-        self._scaler.scale(loss).backward()
+        (loss * self._loss_scale.value).backward()
 
     def _send_back(self, features: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> None:
         """The gradient of a micro-batch's features to the parameters."""
         reached = [(f, g) for f, g in zip(features, gradients, strict=True) if g is not None and f.requires_grad]
-        torch.autograd.backward([f for f, _ in reached], [g for _, g in reached])
+        torch.autograd.backward([f for f, _ in reached], [g * self._loss_scale.value for _, g in reached])
 
     def _unsynchronised(self) -> AbstractContextManager[Any]:
         """Inside, gradients add up in each process alone."""
@@ -128,9 +136,12 @@ class Engine:
 
     def step(self) -> dict[str, Tensor]:
         """Clip, update, constrain. A gradient that is not finite changes nothing and shows in the metrics."""
-        self._scaler.unscale_(self.optimizer)
+        if self._masters is not None:
+            self._masters.take_gradients()
         with_grad = {name: p.grad for name, p in self.parameters.items() if p.grad is not None}
         grads = [self._own_part(g) for g in with_grad.values()]
+        if self._loss_scale.value != 1:
+            torch._foreach_mul_(grads, 1 / self._loss_scale.value)
         norms = self._norms(grads)
         total = torch.linalg.vector_norm(norms)
         finite = bool(torch.isfinite(total))
@@ -138,9 +149,11 @@ class Engine:
             factor = (self.clip_norm / (total + 1e-6)).clamp(max=1.0)
             torch._foreach_mul_(grads, factor)
         if finite:
-            self._scaler.step(self.optimizer)
+            self.optimizer.step()
             self.objective.constrain()
-        self._scaler.update()
+            if self._masters is not None:
+                self._masters.round()
+        self._loss_scale.update(finite)
         metrics = {f"gradient_norm/{part}": norm for part, norm in _by_part(list(with_grad), norms).items()}
         return metrics | {"gradient_norm": total, "skipped": torch.tensor(float(not finite))}
 
@@ -154,17 +167,28 @@ class Engine:
 
     def whole_student(self) -> nn.Module | None:
         """The model to be used outside of training; None where another process has it. All processes call it."""
-        return self.objective.student if is_main() else None
+        if self._masters is None or not is_main():
+            return self.objective.student if is_main() else None
+        whole = copy.deepcopy(self.objective.student).float()
+        whole.load_state_dict(self._student_state())
+        return whole
+
+    def _student_state(self) -> dict[str, Tensor]:
+        """The model, unrounded."""
+        return self.objective.student.state_dict() | (self._masters.masters if self._masters is not None else {})
 
     def state_dict(self) -> dict[str, dict[str, Tensor]]:
-        """Tensors by kind: the student's, and the optimizer's as `parameter name/state name`. All processes call it."""
-        return {"model": self.objective.student.state_dict(), "optimizer": self._moments()}
+        """Tensors by kind: the student's, and the optimizer's as `parameter name/state name`.
+
+        All processes call it; only the first one's answer is sure to hold everything.
+        """
+        return {"model": self._student_state(), "optimizer": self._moments()}
 
     def scalars(self) -> dict[str, Any]:
         """What of the state is a number: the optimizer's step count and the loss scale."""
         counts = [int(state["step"]) for state in self.optimizer.state.values() if "step" in state]
         step = self.optimizer.param_groups[0].get("step", max(counts, default=0))
-        return {"optimizer_step": step, "scaler": self._scaler.state_dict()}
+        return {"optimizer_step": step, "loss_scale": self._loss_scale.state()}
 
     def load_state_dict(self, tensors: Mapping[str, Mapping[str, Tensor]], scalars: Mapping[str, Any]) -> None:
         """The inverse of `state_dict` and `scalars`. Raises CheckpointError for anything missing or left over."""
@@ -174,8 +198,7 @@ class Engine:
         for group in self.optimizer.param_groups:
             if "step" in group:
                 group["step"] = scalars["optimizer_step"]
-        if scalars["scaler"]:
-            self._scaler.load_state_dict(dict(scalars["scaler"]))
+        self._loss_scale.restore(scalars["loss_scale"])
 
     def _moments(self) -> dict[str, Tensor]:
         names: dict[Any, str] = {p: name for name, p in self.parameters.items()}
@@ -189,6 +212,8 @@ class Engine:
     def _load(self, model: Mapping[str, Tensor], moments: Mapping[str, Tensor], step: int) -> None:
         require_same_names("model", set(self.objective.student.state_dict()), set(model))
         self.objective.student.load_state_dict(dict(model))
+        if self._masters is not None:
+            self._masters.load(model)
         for path, value in moments.items():
             name, key = path.rsplit("/", 1)
             state = self.optimizer.state[self.parameters[name]]

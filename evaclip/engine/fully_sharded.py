@@ -3,6 +3,9 @@
 For towers that do not fit one GPU (EVA-CLIP 8B and 18B). Each block's parameters are gathered while it works and freed
 afterwards (Zhao et al., arXiv 2304.11277, section 3). A tensor is split along its first dimension; LAMB and the
 gradient's norm sum over the parts. Checkpoints hold whole tensors.
+
+The whole model exists once, in the first process's main memory: initial values are dealt out from there tensor by
+tensor, and what is saved comes back the same way. The other processes build it on the meta device, without values.
 """
 
 import copy
@@ -14,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from evaclip.distributed import everyone, is_main, world_size
@@ -29,17 +32,23 @@ class FullyShardedEngine(Engine):
     def __init__(self, config: EngineConfig, objective: Objective, optim: OptimizerBuilder) -> None:
         if everyone() is None:
             raise InputError("--engine.kind fsdp2 spreads the model over processes: start them with torchrun")
-        if config.precision == "fp16":
-            raise InputError("--engine.precision fp16 needs loss scaling, which FSDP2 does not do here; take bf16")
-        self._whole = copy.deepcopy(objective.student).cpu() if is_main() else None
         device = config.resolved_device()
+        self._whole = objective.student.cpu() if is_main() else None
+        objective.student = _without_values(objective.student)
         mesh = init_device_mesh(device.type, (world_size(),))
         self._root: Any = FirstPhase(objective, config.precision, device)
+        # Only the blocks are gathered in 16 bits: the scalars of the loss live beside them and need all of theirs.
+        low = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
         for block in _blocks(objective.student):
-            fully_shard(block, mesh=mesh)
+            fully_shard(block, mesh=mesh, mp_policy=low if config.precision == "pure_bf16" else MixedPrecisionPolicy())
         fully_shard(self._root, mesh=mesh)
+        objective.student.to_empty(device=device)
+        _fill(objective.student, self._whole)
         optimizer = optim.build(objective.student, objective.layers(), flat=False)
         super().__init__(config, objective, optimizer, optim.clip_norm)
+
+    def _split_masters(self, student: nn.Module) -> None:
+        """Nothing to do: the shards are the masters."""
 
     def _wrapped(self, first_phase: FirstPhase) -> nn.Module:
         return self._root
@@ -53,7 +62,7 @@ class FullyShardedEngine(Engine):
             self._root.set_requires_gradient_sync(True)
 
     def _own_part(self, tensor: Tensor) -> Tensor:
-        return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        return _local(tensor)
 
     def _norms(self, own_parts: list[Tensor]) -> Tensor:
         squares = super()._norms(own_parts).square()
@@ -62,18 +71,15 @@ class FullyShardedEngine(Engine):
 
     def whole_student(self) -> nn.Module | None:
         """A copy with all parameters, on the first process."""
-        state = {name: _gathered(value) for name, value in self.objective.student.state_dict().items()}
+        state = _gathered(self.objective.student.state_dict())
         if self._whole is None:
             return None
         self._whole.load_state_dict(state)
         return self._whole.to(self.device)
 
     def state_dict(self) -> dict[str, dict[str, Tensor]]:
-        """As in `Engine`, in whole tensors."""
-        return {
-            kind: {name: _gathered(value) for name, value in named.items()}
-            for kind, named in super().state_dict().items()
-        }
+        """As in `Engine`."""
+        return {kind: _gathered(named) for kind, named in super().state_dict().items()}
 
     def _load(self, model: Mapping[str, Tensor], moments: Mapping[str, Tensor], step: int) -> None:
         own = self.objective.student.state_dict()
@@ -94,8 +100,39 @@ def _blocks(student: nn.Module) -> list[nn.Module]:
     return [block for module in student.modules() if isinstance(module, nn.ModuleList) for block in module]
 
 
-def _gathered(tensor: Tensor) -> Tensor:
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+def _without_values(student: nn.Module) -> nn.Module:
+    """The same modules with parameters and buffers on the meta device."""
+    tensors = [*student.parameters(), *student.buffers()]
+    memo: dict[int, Any] = {id(t): t.detach().to("meta") for t in tensors}
+    memo |= {id(p): nn.Parameter(memo[id(p)], p.requires_grad) for p in student.parameters()}
+    return copy.deepcopy(student, memo)
+
+
+@torch.no_grad()
+def _fill(student: nn.Module, whole: nn.Module | None) -> None:
+    """Deal out the values that the first process has in `whole`."""
+    source = {} if whole is None else dict([*whole.named_parameters(), *whole.named_buffers()])
+    for name, parameter in student.named_parameters():
+        value = source[name].detach() if source else torch.empty(parameter.shape, dtype=parameter.dtype)
+        _local(parameter).copy_(_local(_spread_like(parameter, value)))
+    for name, buffer in student.named_buffers():
+        if source:
+            buffer.copy_(source[name])
+        dist.broadcast(buffer, 0, group=everyone())
+
+
+def _gathered(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Whole tensors in the first process's main memory, one after the other; none in the others."""
+    found = {}
+    for name, tensor in tensors.items():
+        whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        if is_main():
+            found[name] = whole.cpu()
+    return found
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _spread_like(like: Tensor, value: Tensor) -> Tensor:

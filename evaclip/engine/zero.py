@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from evaclip.distributed import everyone
+from evaclip.distributed import everyone, is_main
 from evaclip.engine.contract import EngineConfig, Objective, OptimizerBuilder
 from evaclip.engine.data_parallel import Engine, FirstPhase, require_same_names
 from evaclip.errors import InputError
@@ -47,8 +47,8 @@ class ZeroEngine(Engine):
     """See the module."""
 
     def __init__(self, config: EngineConfig, objective: Objective, optim: OptimizerBuilder) -> None:
-        if config.precision == "fp16":
-            raise InputError("--engine.precision fp16 needs loss scaling, which ZeRO does not do here; take bf16")
+        if config.precision == "pure_bf16":
+            raise InputError("--engine.precision pure_bf16 runs under ddp and fsdp2; ZeRO here takes bf16 or fp16")
         layers = objective.layers()
         super().__init__(config, objective, optim.build(objective.student, layers, flat=True), optim.clip_norm)
         self._places = self._found_places()
@@ -94,6 +94,8 @@ class ZeroEngine(Engine):
         """DeepSpeed does it after each step."""
 
     def _backward(self, loss: Tensor) -> None:
+        scaled: Any = self._zero.optimizer
+        scaled.override_loss_scale(self._loss_scale.value)  # DeepSpeed multiplies, and divides in its step
         self._zero.backward(loss, scale_wrt_gas=False)
 
     def _send_back(self, features: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> None:
@@ -109,6 +111,7 @@ class ZeroEngine(Engine):
         """As in `Engine`; the norm is that of the whole gradient alone."""
         self._zero.step()
         applied = bool(self._zero.was_step_applied())
+        self._loss_scale.update(applied)
         if applied:
             for parameter in self.objective.constrain():
                 if parameter._hp_mapping is not None:
@@ -117,7 +120,7 @@ class ZeroEngine(Engine):
         return {"gradient_norm": torch.as_tensor(norm), "skipped": torch.tensor(float(not applied))}
 
     def _moments(self) -> dict[str, Tensor]:
-        """Whole tensors, summed from the parts of all processes."""
+        """Whole tensors on the first process, summed from the parts of all."""
         moments = {}
         for name, parameter in self.parameters.items():
             for key in ("exp_avg", "exp_avg_sq"):
@@ -126,8 +129,9 @@ class ZeroEngine(Engine):
                     state = self.optimizer.state.get(place.partition, {})
                     if key in state:
                         whole[place.offset : place.offset + place.length] = place.of(state[key])
-                dist.all_reduce(whole, group=everyone())
-                moments[f"{name}/{key}"] = whole.view(parameter.shape)
+                dist.reduce(whole, 0, group=everyone())
+                if is_main():
+                    moments[f"{name}/{key}"] = whole.view(parameter.shape).cpu()
         return moments
 
     def _load(self, model: Mapping[str, Tensor], moments: Mapping[str, Tensor], step: int) -> None:

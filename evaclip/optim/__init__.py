@@ -45,7 +45,8 @@ class OptimConfig:
     max_ratio: float | None = None
     """LAMB: upper bound of the trust ratio."""
     trust_scope: Literal["tensor", "ds_partition"] = "tensor"
-    """LAMB under ZeRO: one trust ratio per tensor, or per flat partition of each group as in EVA-CLIP's own runs."""
+    """LAMB: one trust ratio per tensor; or, under ZeRO, the ratio of EVA-CLIP's own runs: DeepSpeed's, per flat
+    partition of each group, which changes with the number of processes."""
     rules: tuple[Rule, ...] = ()
     """Exceptions by parameter name; the first rule that matches and says something wins."""
 
@@ -62,7 +63,13 @@ class OptimConfig:
             return torch.optim.AdamW(groups, betas=self.betas, eps=self.eps)
         if flat and self.trust_scope == "tensor":
             groups = [{"params": [p for group in groups for p in group["params"]], "peak_lr": 1.0, "lr": 1.0}]
-        return Lamb(groups, betas=self.betas, eps=self.eps, max_ratio=self.max_ratio)
+        return Lamb(
+            groups,
+            betas=self.betas,
+            eps=self.eps,
+            max_ratio=self.max_ratio,
+            published=self.trust_scope == "ds_partition",
+        )
 
     def settings_of(self, student: nn.Module, layers: Mapping[str, Sequence[Sequence[str]]]) -> list[Setting]:
         """Learning rate, decay and adaptation of each trainable parameter."""
@@ -79,7 +86,10 @@ class OptimConfig:
         places: Mapping[str, tuple[int, int]],
     ) -> None:
         """Tell a `flat` LAMB what lies where in this process's partition: name -> (start, length)."""
-        if not isinstance(optimizer, Lamb) or self.trust_scope != "tensor":
+        if not isinstance(optimizer, Lamb):
+            return
+        if self.trust_scope == "ds_partition":
+            optimizer.start()
             return
         chosen = self.settings_of(student, layers)
         segments = [

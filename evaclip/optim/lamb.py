@@ -8,7 +8,9 @@ It stays so when the tensors are spread over processes. A process then updates p
 (FSDP2's DTensors), or stretches of one flat partition in which many tensors lie one behind the other (DeepSpeed's
 ZeRO). Squared norms of the pieces are summed per tensor, over all processes in one small all-reduce a step. Without
 that a partition takes one ratio for all that lies in it, which differs from LAMB and changes with the number of
-processes; EVA-CLIP's published runs did so (`segments` left unset under ZeRO reproduces them).
+processes; EVA-CLIP's published runs did so. `published=True`, with `segments` left unset under ZeRO, is their rule: the
+ratio of DeepSpeed's fused kernel, taken of every group, bias and norms included, from moments whose bias is not
+corrected, held between 0.01 and 10; the correction is a factor on the step's length instead.
 
 All pieces are updated together through torch's foreach functions: a step makes the same few calls however many tensors
 there are.
@@ -25,6 +27,8 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
+
+PUBLISHED_BOUNDS = (0.01, 10.0)
 
 
 @dataclass(frozen=True)
@@ -72,18 +76,23 @@ class Lamb(Optimizer):
         weight_decay: float = 0.0,
         adapt: bool = True,
         max_ratio: float | None = None,
+        published: bool = False,
     ) -> None:
-        self.max_ratio = max_ratio
+        self.published = published
+        self.bounds = PUBLISHED_BOUNDS if published else (None, max_ratio)
         self.segments: Sequence[Segment] | None = None
         self.tensors = 0
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "adapt": adapt, "step": 0}
         super().__init__(params, defaults)
         sharded = [p for group in self.param_groups for p in group["params"] if isinstance(p, DTensor)]
         self.group: ProcessGroup | None = sharded[0].device_mesh.get_group() if sharded else None
-        self._start()
+        self.start()
 
-    def _start(self) -> None:
-        """Eagerly, so that the state can be saved before the first step."""
+    def start(self) -> None:
+        """Make the moments: eagerly, so that they can be saved before the first step.
+
+        Called again when an engine has put flat partitions in the place of tensors; moments of what is gone go too.
+        """
         parameters = [p for group in self.param_groups for p in group["params"]]
         for stranger in set(self.state) - set(parameters):
             del self.state[stranger]
@@ -97,7 +106,7 @@ class Lamb(Optimizer):
         `segments`: what lies where in this process's partition. `tensors`: how many tensors there are in all.
         """
         self.group, self.segments, self.tensors = group, segments, tensors
-        self._start()
+        self.start()
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
@@ -114,6 +123,9 @@ class Lamb(Optimizer):
         shared = advanced[0]  # betas, eps and the step count are the same in every group
         beta1, beta2 = shared["betas"]
         correction1, correction2 = 1 - beta1 ** shared["step"], 1 - beta2 ** shared["step"]
+        after = 1.0
+        if self.published:
+            after, correction1, correction2 = math.sqrt(correction2) / correction1, 1.0, 1.0
         x, m, v = [p.x for p in pieces], [p.m for p in pieces], [p.v for p in pieces]
         r: list[Tensor] = []
         if pieces:
@@ -129,7 +141,7 @@ class Lamb(Optimizer):
             decays = [p.weight_decay for p in pieces]
             if any(decays):
                 torch._foreach_add_(r, torch._foreach_mul(x, decays))
-        steps = self._step_lengths(pieces, x, r, advanced)
+        steps = self._step_lengths(pieces, x, r, advanced) * after
         if pieces:
             torch._foreach_mul_(r, list(steps.unbind()))
             torch._foreach_sub_(x, r)
@@ -141,8 +153,6 @@ class Lamb(Optimizer):
         for p in group["params"]:
             if p.grad is None:
                 continue
-            if "exp_avg" not in self.state[p]:  # an engine has put a flat partition in the place of its tensors
-                self._start()
             x, grad = _local(p), _local(p.grad)
             m, v = _local(self.state[p]["exp_avg"]), _local(self.state[p]["exp_avg_sq"])
             if self.segments is None:
@@ -167,10 +177,10 @@ class Lamb(Optimizer):
         if self.group is not None:
             dist.all_reduce(squares, group=self.group)
         x_norm, r_norm = squares.sqrt()[:, numbers]
-        adapt = torch.tensor([p.adapt for p in pieces], device=device, dtype=torch.bool)
+        adapt = torch.tensor([p.adapt or self.published for p in pieces], device=device, dtype=torch.bool)
         ratio = torch.where((x_norm > 0) & (r_norm > 0) & adapt, x_norm / r_norm, 1.0)
-        if self.max_ratio is not None:
-            ratio = ratio.clamp(max=self.max_ratio)
+        if self.bounds != (None, None):
+            ratio = ratio.clamp(*self.bounds)
         return torch.tensor([p.lr for p in pieces], device=device, dtype=ratio.dtype) * ratio
 
 

@@ -74,7 +74,7 @@ def _as_published(config: RunConfig, name: str) -> RunConfig:
         name=name,
         run_dir=Path("runs") / name,
         objective=replace(config.objective, mask_ratio=0.0),
-        optim=replace(config.optim, trust_scope="ds_partition", max_ratio=10.0, adapt_undecayed=True),
+        optim=replace(config.optim, trust_scope="ds_partition"),
         engine=replace(config.engine, kind="zero1"),
     )
 
