@@ -12,12 +12,14 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -85,6 +87,15 @@ def save(folder: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]], r
     return final
 
 
+def of_step(folder: Path, step: int, kinds: Sequence[str] | None = None) -> Checkpoint:
+    """The checkpoint of a step that another process has just found whole. Raises CheckpointError."""
+    path = _path(folder, step)
+    try:
+        return _read(path, [file.name for file in path.iterdir()], kinds)
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise CheckpointError(f"{path} can be read by the first process but not here: {error}") from None
+
+
 def load(path: Path, kinds: Sequence[str] | None = None) -> Checkpoint:
     """Read one checkpoint, or only some kinds of its tensors.
 
@@ -102,6 +113,10 @@ def load(path: Path, kinds: Sequence[str] | None = None) -> Checkpoint:
             raise CheckpointError(f"{path / name} is not the file that was written: its SHA-256 or size differs")
     if manifest["version"] != VERSION or manifest["step"] != _step(path):
         raise CheckpointError(f"{path / MANIFEST} is of another step or version")
+    return _read(path, files, kinds)
+
+
+def _read(path: Path, files: Iterable[str], kinds: Sequence[str] | None) -> Checkpoint:
     record = json.loads((path / STATE).read_text())
     stored = [Path(name).stem for name in files if name.endswith(".safetensors")]
     tensors = {kind: load_file(_file(path, kind)) for kind in stored if kinds is None or kind in kinds}
@@ -123,6 +138,64 @@ def newest(folder: Path, kinds: Sequence[str] | None = None) -> Checkpoint | Non
     if reasons:
         raise CheckpointError(f"none of the {len(reasons)} checkpoints in {folder} is whole; the newest: {reasons[0]}")
     return None
+
+
+class Writer:
+    """Writes checkpoints beside the training: it copies the tensors, and a thread of its own does the rest.
+
+    One checkpoint is in flight at a time. What went wrong is raised by the next call, and shows in `failed`.
+    """
+
+    def __init__(self, folder: Path, keep: int) -> None:
+        """`keep`: see `CheckpointConfig`."""
+        self.folder, self.keep = folder, keep
+        self.failed: InputError | None = None
+        self._thread: threading.Thread | None = None
+        self._staged: dict[tuple[str, str], Tensor] = {}
+
+    def write(self, step: int, tensors: Mapping[str, Mapping[str, Tensor]], record: Mapping[str, Any]) -> None:
+        """Stage a checkpoint and return. Raises InputError when the one before it could not be written."""
+        self.finish()
+        copies = {kind: {n: self._stage(kind, n, t) for n, t in named.items()} for kind, named in tensors.items()}
+        if any(tensor.is_cuda for named in tensors.values() for tensor in named.values()):
+            torch.cuda.synchronize()
+        self._thread = threading.Thread(target=self._write, args=(step, copies, dict(record)), name="checkpoint")
+        self._thread.start()
+
+    def finish(self) -> None:
+        """Wait for the checkpoint in flight. Raises InputError when it could not be written."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        if self.failed is not None:
+            raise self.failed
+
+    def _stage(self, kind: str, name: str, tensor: Tensor) -> Tensor:
+        """A copy in main memory that stays for the next checkpoint; pinned, so that a GPU does not wait for it."""
+        own = self._staged.get((kind, name))
+        if own is None or own.shape != tensor.shape or own.dtype != tensor.dtype:
+            own = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+            self._staged[kind, name] = own
+        return own.copy_(tensor.detach(), non_blocking=True)
+
+    def _write(self, step: int, tensors: Mapping[str, Mapping[str, Tensor]], record: Mapping[str, Any]) -> None:
+        try:
+            save(self.folder, step, tensors, record)
+            prune(self.folder, self.keep)
+        except InputError as error:
+            self.failed = error
+
+
+def forget_after(folder: Path, position: int) -> None:
+    """Delete the checkpoints whose data lies beyond a position of the stream: a run that goes back leaves them."""
+    for path in _paths(folder):
+        try:
+            record = json.loads((path / STATE).read_text())
+            beyond = record["cursor"]["position"] > position
+        except (OSError, ValueError, KeyError, TypeError):
+            continue  # a damaged one is passed over by `newest`
+        if beyond:
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def prune(folder: Path, keep: int) -> None:

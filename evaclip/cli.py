@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from evaclip.errors import InputError, did_you_mean
+from evaclip.errors import REQUEUE_STATUS, InputError, did_you_mean
 
 USAGE = """evaclip: train CLIP models bootstrapped from EVA, and score them zero-shot
 
@@ -85,7 +85,7 @@ def train(arguments: list[str]) -> int:
             f"stopped by {outcome.stopped_by} at step {outcome.step:,}, everything is saved; continue with\n"
             f"  evaclip train {' '.join(again)} --resume auto"
         )
-    return 130 if outcome.stopped_by == "SIGINT" else 143
+    return 130 if outcome.stopped_by == "SIGINT" else REQUEUE_STATUS
 
 
 def recipes(arguments: list[str]) -> None:

@@ -10,6 +10,7 @@ from evaclip.data.shards import DataConfig
 from evaclip.engine import EngineConfig
 from evaclip.errors import CheckpointError, near_path
 from evaclip.evals.zero_shot import ZeroShotConfig
+from evaclip.guard.health import GuardConfig
 from evaclip.log import LogConfig
 from evaclip.models.shapes import ClipShape
 from evaclip.objectives.clip import ClipConfig
@@ -62,6 +63,8 @@ class RunConfig:
     """Benchmarks beside the training."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     """When the state is saved."""
+    guard: GuardConfig = field(default_factory=GuardConfig)
+    """What happens when something is wrong."""
     log: LogConfig = field(default_factory=LogConfig)
     """What is logged."""
 

@@ -76,6 +76,25 @@ def total_of(number: int) -> int:
     return int(told)
 
 
+def first_says(number: int) -> int:
+    """The first process's number, in all of them."""
+    if world_size() == 1:
+        return number
+    told = torch.tensor([number])
+    dist.broadcast(told, 0)
+    return int(told)
+
+
+def gathered(number: float) -> list[float]:
+    """Every process's number, by rank."""
+    if world_size() == 1:
+        return [number]
+    told = torch.zeros(world_size(), dtype=torch.float64)
+    told[rank()] = number
+    dist.all_reduce(told)
+    return told.tolist()
+
+
 @contextmanager
 def main_first() -> Iterator[None]:
     """The first process does what is inside before the others begin; when it fails, so do they."""

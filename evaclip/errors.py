@@ -4,6 +4,10 @@ import difflib
 from collections.abc import Iterable
 from pathlib import Path
 
+# Exit statuses that say what to do next; a batch script starts the run again after these two.
+REQUEUE_STATUS = 85  # stopped by a signal, everything is saved
+HANG_STATUS = 88  # no step ended for far too long
+
 
 class InputError(Exception):
     """Bad input: the message says what is wrong, where, and what to do about it."""

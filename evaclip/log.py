@@ -146,6 +146,14 @@ class RunLog:
         say(text)
         self._file.write(redacted(json.dumps({"step": step, "event": text} | details)) + "\n")
 
+    def rewind(self, step: int) -> None:
+        """Drop what was logged of later steps, which will come again."""
+        if not self._written:
+            return
+        self._file.close()
+        _cut_after(self._lines, step)
+        self._file = self._lines.open("a", buffering=1)
+
     def __enter__(self) -> "RunLog":
         return self
 

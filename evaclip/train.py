@@ -1,34 +1,32 @@
 """The training loop, the only one."""
 
 import json
-import math
-import time
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
 
 from evaclip import checkpoint
-from evaclip.config import RunConfig, described, differences, load_config
-from evaclip.data.pipeline import Cursor, LoaderTimes, Stream
-from evaclip.data.shards import ShardSet, changed_shards
-from evaclip.distributed import any_of, is_main, main_first, rank, total_of, world_size
+from evaclip.config import RunConfig, described
+from evaclip.data.pipeline import Cursor, Stream
+from evaclip.data.shards import ShardSet
+from evaclip.distributed import any_of, is_main, main_first, rank, world_size
 from evaclip.engine import Engine, build_engine
-from evaclip.errors import CheckpointError, DivergedError, InputError
+from evaclip.errors import DivergedError
 from evaclip.evals.zero_shot import ZeroShot
+from evaclip.guard.health import Health, write_dump
+from evaclip.guard.heartbeat import Heartbeat
 from evaclip.guard.signals import StopRequest
 from evaclip.log import RunLog, quiet, say
+from evaclip.meter import Meter, due, learning_rate_factor
 from evaclip.models.clip import Clip
-from evaclip.optim import set_learning_rates, warmup_cosine
+from evaclip.optim import set_learning_rates
 from evaclip.records import unstructured
 from evaclip.report.run import write_run_report
-
-# Consecutive steps without a finite gradient after which the run gives up.
-MOST_SKIPPED = 20
-# Share of a step spent waiting for data from which the user hears about it.
-STARVED = 0.2
+from evaclip.resume import claim, gone_back, phase_before, resume, save
 
 
 @dataclass(frozen=True)
@@ -49,19 +47,77 @@ def train(config: RunConfig) -> Outcome:
 def _train(config: RunConfig) -> Outcome:
     with main_first():
         if is_main():
-            _claim(config.run_dir, config)
+            claim(config.run_dir, config)
         shards = ShardSet(config.data)
     torch.manual_seed(config.seed)
     evaluators = [ZeroShot(part) for part in config.evals.zero_shot]
     with config.engine.construction():
         objective = config.objective.build(config.model, config.seed)
-    before = _phase_before(config)
+    before = phase_before(config)
     with main_first():
         if before is not None and is_main():  # every engine begins with the first process's values
             objective.student.start_from(before.tensors["model"])
     engine = build_engine(config.engine, objective, config.optim)
-    step, cursor = _resume(config, engine, shards, before)
-    stream = Stream(
+    step, cursor = resume(config, engine, shards, before)
+    stream = _stream(config, engine, shards, cursor)
+    # Only now is everything known to fit: what fails above leaves no run behind.
+    if is_main():
+        (config.run_dir / "config.json").write_text(json.dumps(unstructured(config), indent=1) + "\n")
+        (config.run_dir / "shards.json").write_text(json.dumps(shards.manifest()))
+    _introduce(config, shards, objective.student, step)
+    outcome = _loop(config, engine, shards, evaluators, stream, step)
+    if is_main():
+        write_run_report(config.run_dir)
+    return outcome
+
+
+def _loop(
+    config: RunConfig, engine: Engine, shards: ShardSet, evaluators: list[ZeroShot], stream: Stream, step: int
+) -> Outcome:
+    """The steps. The state of the data travels with the batches, the state of everything else is the engine's."""
+    guard, folder, saved, cursor = config.guard, config.run_dir, step, stream.cursor
+    writer = checkpoint.Writer(folder / "checkpoints", config.checkpoint.keep)
+    log = RunLog(folder, config.name, config.steps, step, config.log, written=is_main())
+    batches, meter, health = iter(stream), Meter(config, stream.times, log), Health(guard)
+    with StopRequest(guard.grace) as stop, log, Heartbeat(folder / "heartbeats", rank(), guard) as heart:
+        while step < config.steps and not any_of(bool(stop) or writer.failed is not None):
+            heart.beat(step)
+            batch, cursor = next(batches)
+            heart.phase("step")
+            set_learning_rates(engine.optimizer, learning_rate_factor(config, step))
+            metrics = engine.forward_backward(batch) | engine.step()
+            step += 1
+            meter.update(step, metrics)
+            skipped = bool(metrics["skipped"]) and not engine.searching
+            drawn = (cursor.position - config.batch_size, cursor.position)
+            verdict = health.judge(step, float(metrics["loss"]), skipped, drawn)
+            if verdict.spike:
+                _report(config, shards, log, step, verdict.spike, drawn, metrics)
+            if verdict.lost is not None:
+                step, cursor = _go_back(config, engine, shards, log, writer, step, cursor, verdict.lost, metrics)
+                stream, saved = _stream(config, engine, shards, cursor), step
+                batches, meter, health = iter(stream), Meter(config, stream.times, log), Health(guard)
+                continue
+            if due(step, config.evals.every, config.steps):
+                with _patiently(stop, heart, "evaluate"):
+                    for name, value in evaluate(evaluators, engine, folder, step):
+                        log.scalars(step, {name: value})
+                        meter.note(name, value)
+            if due(step, config.checkpoint.every, config.steps):
+                with _patiently(stop, heart, "save"):
+                    saved = save(config, step, engine, cursor, writer)
+        stop.answered()
+        heart.phase("save")
+        if not any_of(writer.failed is not None) and saved != step:
+            save(config, step, engine, cursor, writer)
+        with main_first():
+            writer.finish()
+    return Outcome(step, (stop.name or "another process") if step < config.steps else None)
+
+
+def _stream(config: RunConfig, engine: Engine, shards: ShardSet, cursor: Cursor) -> Stream:
+    """This process's part of the batches from a state of the data on."""
+    return Stream(
         shards,
         cursor,
         batch_size=config.batch_size,
@@ -71,42 +127,50 @@ def _train(config: RunConfig) -> Outcome:
         ranks=world_size(),
         pin_memory=engine.device.type == "cuda",
     )
-    # Only now is everything known to fit: what fails above leaves no run behind.
+
+
+@contextmanager
+def _patiently(stop: StopRequest, heart: Heartbeat, phase: str) -> Iterator[None]:
+    """Inside is no step, and it may take long."""
+    heart.phase(phase)
+    stop.patient = True
+    try:
+        yield
+    finally:
+        stop.patient = False
+
+
+def _report(
+    config: RunConfig, shards: ShardSet, log: RunLog, step: int, why: str, stretch: tuple[int, int], metrics: Any
+) -> Path:
+    """An event in the log, and the samples in a file that it names."""
+    path = config.run_dir / "dumps" / f"step_{step:08}.json"
     if is_main():
-        (config.run_dir / "config.json").write_text(json.dumps(unstructured(config), indent=1) + "\n")
-        (config.run_dir / "shards.json").write_text(json.dumps(shards.manifest()))
-    _introduce(config, shards, objective.student, step)
-    saved, batches = step, iter(stream)
-    log = RunLog(config.run_dir, config.name, config.steps, step, config.log, written=is_main())
-    with StopRequest() as stop, log:
-        meter = Meter(config, stream.times, log)
-        while step < config.steps and not any_of(bool(stop)):
-            batch, cursor = next(batches)
-            set_learning_rates(engine.optimizer, learning_rate_factor(config, step))
-            metrics = engine.forward_backward(batch) | engine.step()
-            step += 1
-            meter.update(step, metrics)
-            if due(step, config.evals.every, config.steps):
-                for name, value in evaluate(evaluators, engine, config.run_dir, step):
-                    log.scalars(step, {name: value})
-                    meter.note(name, value)
-            if due(step, config.checkpoint.every, config.steps):
-                saved = _save(config, step, engine, cursor)
-        if saved != step:
-            _save(config, step, engine, cursor)
-    if is_main():
-        write_run_report(config.run_dir)
-    return Outcome(step, (stop.name or "another process") if step < config.steps else None)
+        samples = shards.names(range(*stretch), config.seed)
+        write_dump(path, step, why, samples, {name: float(value) for name, value in metrics.items()})
+        log.event(step, f"step {step:,}: {why}; its samples are in {path}", positions=list(stretch))
+    return path
 
 
-def learning_rate_factor(config: RunConfig, step: int) -> float:
-    """The schedule's factor at a step that counts from 0."""
-    return warmup_cosine(step, warmup=config.optim.warmup, total=config.steps, floor=config.optim.floor)
-
-
-def due(step: int, every: int, last: int) -> bool:
-    """Whether something that happens every so many steps, and at the end, happens after this one."""
-    return step == last or (every > 0 and step % every == 0)
+def _go_back(
+    config: RunConfig, engine: Engine, shards: ShardSet, log: RunLog, writer: checkpoint.Writer,
+    step: int, cursor: Cursor, lost: tuple[int, int], metrics: Any,
+) -> tuple[int, Cursor]:  # fmt: skip
+    """To a checkpoint from before the stretch of data that is lost. Raises DivergedError when that is no help."""
+    guard = config.guard
+    why = f"{guard.most_skipped} of the last {guard.window} steps had no finite gradient"
+    dump = _report(config, shards, log, step, why, lost, metrics)
+    with main_first():
+        writer.finish()
+    advice = f"lower the learning rate, or look at the samples in {dump}"
+    if len(cursor.passed_over) >= guard.most_rollbacks:
+        raise DivergedError(f"step {step:,}: {why}, after going back {guard.most_rollbacks} times; {advice}")
+    found = gone_back(config, engine, cursor, lost)
+    if found is None:
+        raise DivergedError(f"step {step:,}: {why}, and there is no checkpoint from before them; {advice}")
+    log.rewind(found[0])
+    log.event(found[0], f"gone back from step {step:,} to {found[0]:,}; pairs {lost[0]:,} to {lost[1]:,} are left out")
+    return found
 
 
 def evaluate(evaluators: list[ZeroShot], engine: Engine, run_dir: Path, step: int) -> list[tuple[str, float]]:
@@ -120,140 +184,6 @@ def evaluate(evaluators: list[ZeroShot], engine: Engine, run_dir: Path, step: in
     found = [pair for evaluator in evaluators for pair in evaluator(student, engine.device, folder)]
     student.train()
     return found
-
-
-class Meter:
-    """Turns what happens in a step into numbers for the log, and into warnings."""
-
-    def __init__(self, config: RunConfig, times: LoaderTimes, log: RunLog) -> None:
-        self.config, self.times, self.log = config, times, log
-        self.noted: dict[str, float] = {}
-        self._since, self._waited, self._count = time.perf_counter(), times.wait, 0
-        self._skipped, self._losses, self._warned = 0, [], set()
-
-    def note(self, name: str, value: float) -> None:
-        """A number that stays in view until the next of its name."""
-        self.noted[name.removeprefix("zero_shot/")] = value
-
-    def update(self, step: int, metrics: Mapping[str, Tensor]) -> None:
-        """Count a step; on every `log.every`-th, fetch its metrics from the device and log them."""
-        self._count += 1
-        self._skipped = self._skipped + 1 if float(metrics["skipped"]) else 0
-        if self._skipped >= MOST_SKIPPED:
-            raise DivergedError(
-                f"{MOST_SKIPPED} steps in a row up to step {step:,} had no finite gradient; "
-                "lower the learning rate, or resume from the last checkpoint with another seed"
-            )
-        if not due(step, self.config.log.every, self.config.steps):
-            return
-        values = {name: float(value) for name, value in metrics.items()}
-        now = time.perf_counter()
-        seconds = now - self._since
-        values["learning_rate_factor"] = learning_rate_factor(self.config, step - 1)
-        values["images_per_second"] = self._count * self.config.batch_size / seconds
-        values["data_wait_share"] = (self.times.wait - self._waited) / seconds
-        self._since, self._waited, self._count = now, self.times.wait, 0
-        self.log.scalars(step, values)
-        shown = {
-            "loss": values["loss"],
-            "i2t": values["accuracy/image_to_text"],
-            "scale": values["logit_scale"],
-            "images/s": values["images_per_second"],
-        }
-        self.log.line(step, shown | self.noted)
-        self._warn(step, values)
-
-    def _warn(self, step: int, values: Mapping[str, float]) -> None:
-        if values["data_wait_share"] > STARVED and step > 2 * self.config.log.every and "starved" not in self._warned:
-            self._warned.add("starved")
-            stage, share = self.times.slowest()
-            self.log.event(
-                step,
-                f"starved for data: {values['data_wait_share']:.0%} of the time is waiting; {share:.0%} of the "
-                f"workers' time is {stage}. More of them help, --data.workers (now {self.config.data.workers})",
-            )
-        self._losses = [*self._losses[-9:], values["loss"]]
-        chance = math.log(self.config.batch_size)
-        stuck = len(self._losses) == 10 and all(abs(loss - chance) < 0.02 for loss in self._losses)
-        if stuck and step > self.config.optim.warmup and "collapsed" not in self._warned:
-            self._warned.add("collapsed")
-            self.log.event(
-                step,
-                f"the loss sits at log(batch) = {chance:.3f}: every feature is the same. "
-                "A lower learning rate or a longer warm-up avoids this collapse; the run is not recovering by itself",
-            )
-
-
-def _claim(run_dir: Path, config: RunConfig) -> None:
-    """Make the run's folder, or refuse one that is taken or cannot be written."""
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        probe = run_dir / ".writable"
-        probe.write_text("")
-        probe.unlink()
-    except OSError as error:
-        raise InputError(f"the run folder {run_dir} cannot be written: {error.strerror}") from None
-    if config.resume == "never" and (run_dir / "config.json").exists():
-        raise InputError(
-            f"{run_dir} already holds a run: continue it with --resume auto, or name another folder with --run-dir"
-        )
-
-
-def _phase_before(config: RunConfig) -> checkpoint.Checkpoint | None:
-    """The newest checkpoint of the run that this one starts from."""
-    if config.start_from is None:
-        return None
-    load_config(config.start_from)  # or a sentence that says what is wrong with the folder
-    found = checkpoint.newest(config.start_from / "checkpoints", kinds=("model",))
-    if found is None:
-        raise CheckpointError(f"the run in {config.start_from}, to start from, has no checkpoint yet")
-    return found
-
-
-def _resume(
-    config: RunConfig, engine: Engine, shards: ShardSet, before: checkpoint.Checkpoint | None
-) -> tuple[int, Cursor]:
-    """Step and data state to start from, and the engine in the state that belongs to them."""
-    folder = config.run_dir
-    found = checkpoint.newest(folder / "checkpoints") if config.resume == "auto" else None
-    step, cursor = 0, Cursor(shards.fingerprint, config.seed, 0)
-    if before is not None:
-        seen = Cursor.from_record(before.record["cursor"])
-        if (seen.fingerprint, seen.seed) == (cursor.fingerprint, cursor.seed):
-            cursor = replace(cursor, position=seen.position)
-        say(f"starting from step {before.step:,} of {config.start_from}, at pair {cursor.position:,} of the data")
-    if found is not None:
-        cursor = Cursor.from_record(found.record["cursor"])
-        if cursor.fingerprint != shards.fingerprint:
-            changes = changed_shards(json.loads((folder / "shards.json").read_text()), shards.manifest())
-            shown = "; ".join(changes[:5]) + (f"; and {len(changes) - 5} more" if len(changes) > 5 else "")
-            if not config.allow_data_change:
-                raise InputError(
-                    f"the data is not that of the checkpoint: {shown}. "
-                    "Put it back, or go on with --allow-data-change; the order of the samples then changes here"
-                )
-            say(f"going on with changed data: {shown}")
-            cursor = replace(cursor, fingerprint=shards.fingerprint)
-        for change in differences(load_config(folder), replace(config, resume=load_config(folder).resume)):
-            say(f"changed since the run began: {change}")
-        if not is_main():  # the record holds the damage of all processes
-            cursor = replace(cursor, damaged=0)
-        engine.load_state_dict(found.tensors, found.record["engine"])
-        step = found.step
-        say(f"continuing from step {step:,} ({found.path})")
-    return step, cursor
-
-
-def _save(config: RunConfig, step: int, engine: Engine, cursor: Cursor) -> int:
-    """Whole tensors and the sum of the damage, gathered from all processes and written by the first."""
-    folder = config.run_dir / "checkpoints"
-    cursor = replace(cursor, damaged=total_of(cursor.damaged))
-    state, record = engine.state_dict(), {"engine": engine.scalars(), "config": unstructured(config)}
-    with main_first():
-        if is_main():
-            checkpoint.save(folder, step, state, record | {"cursor": cursor.record()})
-            checkpoint.prune(folder, config.checkpoint.keep)
-    return step
 
 
 def _introduce(config: RunConfig, shards: ShardSet, model: Clip, step: int) -> None:

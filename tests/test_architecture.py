@@ -16,6 +16,7 @@ ROWS = (
     {"quickstart"},
     {"evaluate", "curate", "doctor", "plan", "export", "search"},
     {"train"},
+    {"meter", "resume"},
     {"recipes"},
     {"config"},
     {"objectives", "evals", "guard"},

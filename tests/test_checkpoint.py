@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 from evaclip import checkpoint
-from evaclip.checkpoint import CheckpointConfig, load, newest, prune, save
+from evaclip.checkpoint import CheckpointConfig, Writer, forget_after, load, newest, prune, save
 from evaclip.errors import CheckpointError, InputError
 
 
@@ -138,3 +139,96 @@ def test_death_in_any_phase_leaves_a_loadable_last_good_one(tmp_path, monkeypatc
     assert newest(tmp_path).step == 10
     write(tmp_path, 20)
     assert newest(tmp_path).step == 20
+
+
+def dies_at(event: int, folder: Path) -> int:
+    """Writes step 20 in a child that is killed at its n-th file operation. Returns the child's exit status."""
+    child = os.fork()
+    if child == 0:
+        seen = 0
+
+        def hook(name: str, _: object) -> None:
+            nonlocal seen
+            if name in ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree", "os.listdir"):
+                seen += 1
+                if seen == event:
+                    os._exit(9)
+
+        sys.addaudithook(hook)
+        save(folder, 20, tensors(20), {"cursor": {"position": 160}})
+        prune(folder, 2)
+        os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def test_a_kill_at_any_file_operation_leaves_a_whole_checkpoint(tmp_path):
+    """Each operation of a save in turn, until the save gets through."""
+    for event in range(1, 200):
+        folder = tmp_path / str(event)
+        write(folder, 5, 10)
+        status = dies_at(event, folder)
+        found = newest(folder)
+        assert found.step in (10, 20)
+        assert all(torch.equal(found.tensors["model"][n], t) for n, t in tensors(found.step)["model"].items())
+        if status == 0:
+            break
+        write(folder, 20)  # and the run goes on
+        prune(folder, 2)
+        assert newest(folder).step == 20 and sorted(p.name for p in folder.iterdir()) == [
+            "step_00000010",
+            "step_00000020",
+        ]
+    assert status == 0 and event > 12
+
+
+def test_of_five_hundred_damages_none_is_loaded_in_silence(tmp_path, capfd):
+    random = np.random.default_rng(0)
+    write(tmp_path / "good", 10, 20)
+    good = {path.name: path.read_bytes() for path in (tmp_path / "good" / "step_00000020").iterdir()}
+    older = tmp_path / "good" / "step_00000010"
+    for number in range(500):
+        folder = tmp_path / f"bad{number}"
+        shutil.copytree(tmp_path / "good", folder)
+        name = sorted(good)[int(random.integers(len(good)))]
+        path, data = folder / "step_00000020" / name, bytearray(good[name])
+        way = ("missing", "truncated", "flipped", "empty", "of another step")[number % 5]
+        if way == "missing":
+            path.unlink()
+        elif way == "of another step":
+            path.write_bytes((older / name).read_bytes())
+        else:
+            if way == "flipped":
+                data[int(random.integers(len(data)))] ^= 1 << int(random.integers(8))
+            length = {"truncated": int(random.integers(1, len(data))), "empty": 0}.get(way, len(data))
+            path.write_bytes(data[:length])
+        found = newest(folder)
+        assert found.step == 10, (way, name)
+        said = capfd.readouterr().err
+        assert "passing over a damaged checkpoint: " in said and "step_00000020" in said, (way, name)
+        shutil.rmtree(folder)
+
+
+def test_a_writer_stages_its_copy_and_raises_later(tmp_path, monkeypatch):
+    writer = Writer(tmp_path, keep=2)
+    values = tensors(1)
+    writer.write(1, values, {})
+    values["model"]["a.weight"].zero_()  # the training goes on at once
+    writer.write(2, tensors(2), {})
+    writer.finish()
+    assert torch.equal(newest(tmp_path).tensors["model"]["a.weight"], tensors(2)["model"]["a.weight"])
+    assert torch.equal(load(tmp_path / "step_00000001").tensors["model"]["a.weight"], tensors(1)["model"]["a.weight"])
+
+    def full(*_, **__):
+        raise OSError(28, os.strerror(28))
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    writer.write(3, tensors(3), {})
+    with pytest.raises(InputError, match="step 3 cannot be written"):
+        writer.write(4, tensors(4), {})
+    assert writer.failed is not None and newest(tmp_path).step == 2
+
+
+def test_going_back_forgets_what_came_after(tmp_path):
+    write(tmp_path, 1, 2, 3)
+    forget_after(tmp_path, 16)
+    assert newest(tmp_path).step == 2

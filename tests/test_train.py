@@ -262,7 +262,7 @@ def test_a_collapse_is_noticed(tmp_path, recipe, capfd):
 def test_a_gradient_that_is_never_finite_ends_the_run(tmp_path, recipe):
     rates = TowerRates(lr=1e30)
     wild = OptimConfig(optimizer="adamw", vision=rates, text=rates, warmup=1, clip_norm=None)
-    with pytest.raises(DivergedError, match="20 steps in a row up to step"):
+    with pytest.raises(DivergedError, match=r"20 of the last 100 steps .* there is no checkpoint from before them"):
         train(recipe(steps=60, optim=wild))
 
 
@@ -305,7 +305,7 @@ def test_help_shows_the_docstring_of_each_field(recipe, capfd):
         assert words in said
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 85)])
 def test_a_signal_to_the_whole_group_saves_and_says_how_to_continue(tmp_path, shards, number, status):
     """The whole program in a process of its own, interrupted as a person or a cluster would."""
     folder = shards()

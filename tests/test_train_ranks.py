@@ -10,9 +10,11 @@ import torch.distributed as dist
 
 from evaclip.config import RunConfig
 from evaclip.engine import EngineConfig
-from evaclip.objectives.clip import ClipConfig
+from evaclip.guard.health import GuardConfig
+from evaclip.objectives.clip import ClipConfig, ClipObjective
 from evaclip.train import train
 from tests.ranks import in_ranks
+from tests.test_faults import poisoned
 from tests.test_train import final, losses, tiny_run
 
 
@@ -42,7 +44,18 @@ def several(folder: Path, shards: Path) -> None:
     """Every way of sharing the work, and a run that is stopped, in one group of ranks."""
     assert run(folder / "ddp", shards, "ddp") == 12
     assert run(folder / "fsdp2", shards, "fsdp2", micro_batches=2) == 12
+    poison_of_one_rank(folder / "poisoned", shards)
     assert run(folder / "stopped", shards, "zero1", stop_after=7) == 7
+
+
+def poison_of_one_rank(folder: Path, shards: Path) -> None:
+    """Features that are not finite on the last rank alone: all skip, all go back, all leave the same data out."""
+    forward = ClipObjective.forward
+    ClipObjective.forward = poisoned(range(144, 176), only_rank=1)
+    try:
+        train(exact_run(folder, shards, steps=16, guard=GuardConfig(most_skipped=2, window=10)))
+    finally:
+        ClipObjective.forward = forward
 
 
 def test_two_ranks_train_as_one_process_does(tmp_path, shards):
@@ -56,6 +69,8 @@ def test_two_ranks_train_as_one_process_does(tmp_path, shards):
     assert final(tmp_path / "stopped").step == 7
     train(exact_run(tmp_path / "stopped", folder))
     assert losses(tmp_path / "stopped") == pytest.approx(right, rel=5e-5)
+    cursor = final(tmp_path / "poisoned").record["cursor"]
+    assert cursor["passed_over"] == [[144, 176]] and cursor["position"] == 16 * 16 + 32
     assert final(tmp_path / "stopped").record["cursor"] == final(tmp_path / "alone").record["cursor"]
 
 

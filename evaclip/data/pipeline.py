@@ -26,6 +26,7 @@ from evaclip.data.shards import ShardSet
 from evaclip.data.tokenizer import cut_to_longest
 from evaclip.errors import CheckpointError, DamagedDataError, InputError
 from evaclip.log import say
+from evaclip.records import structured
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,8 @@ class Cursor:
     """Samples consumed, counted over the whole run and all ranks."""
     damaged: int = 0
     """Samples replaced so far."""
+    passed_over: tuple[tuple[int, int], ...] = ()
+    """Stretches of positions, first and end, whose batches are left out."""
     version: int = 1
 
     def record(self) -> dict[str, Any]:
@@ -50,7 +53,11 @@ class Cursor:
         """The inverse of `record`. Raises CheckpointError for one of another version."""
         if record.get("version") != 1 or set(record) != {f.name for f in fields(Cursor)}:
             raise CheckpointError(f"the checkpoint's data state has version {record.get('version')!r}, known is 1")
-        return Cursor(**record)
+        return structured(record, Cursor, "the checkpoint's data state")
+
+    def next_position(self) -> int:
+        """Where the next batch begins."""
+        return _beyond(self.position, self.passed_over)
 
 
 @dataclass(frozen=True)
@@ -145,7 +152,9 @@ class Stream:
             self.times.assemble += time.perf_counter() - waited
             self._account(parts)
             self.cursor = replace(
-                self.cursor, position=self.cursor.position + self._batch_size, damaged=self.cursor.damaged + self._lost
+                self.cursor,
+                position=self.cursor.next_position() + self._batch_size,
+                damaged=self.cursor.damaged + self._lost,
             )
             self._check_budget()
             yield batch, self.cursor
@@ -155,7 +164,7 @@ class Stream:
         return DataLoader(
             self._chunks,
             batch_size=None,
-            sampler=_Starts(self.cursor.position, self._batch_size, self._rank, self._ranks, self._chunk),
+            sampler=_Starts(self.cursor, self._batch_size, self._rank, self._ranks, self._chunk),
             num_workers=workers,
             prefetch_factor=self._config.prefetch if workers else None,
             worker_init_fn=_prepare_worker,
@@ -202,15 +211,24 @@ class Stream:
 class _Starts:
     """First positions of this rank's chunks, for ever."""
 
-    def __init__(self, position: int, batch: int, rank: int, ranks: int, chunk: int) -> None:
-        self.position, self.batch, self.rank, self.ranks, self.chunk = position, batch, rank, ranks, chunk
+    def __init__(self, cursor: Cursor, batch: int, rank: int, ranks: int, chunk: int) -> None:
+        self.cursor, self.batch, self.rank, self.ranks, self.chunk = cursor, batch, rank, ranks, chunk
 
     def __iter__(self) -> Iterator[int]:
-        local, base = self.batch // self.ranks, self.position
+        local, base = self.batch // self.ranks, self.cursor.position
         while True:
+            base = _beyond(base, self.cursor.passed_over)
             first = base + self.rank * local
             yield from range(first, first + local, self.chunk)
             base += self.batch
+
+
+def _beyond(position: int, passed_over: Sequence[tuple[int, int]]) -> int:
+    """The first position from this one on that lies in none of the stretches."""
+    for first, end in sorted(passed_over):
+        if first <= position < end:
+            position = end
+    return position
 
 
 def _prepare_worker(_: int) -> None:

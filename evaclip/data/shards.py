@@ -1,8 +1,11 @@
 """The data of a run: sources of shards, indexed and counted before the first step."""
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from evaclip.data.index import ShardHead, expand, fingerprint, index_shards
 from evaclip.data.order import Order, Source
@@ -79,6 +82,14 @@ class ShardSet:
             seed,
             self.config.window,
         )
+
+    def names(self, positions: Sequence[int], seed: int) -> list[str]:
+        """The samples at these positions of the stream, as `shard#number within it`."""
+        places = self.order(seed).places(np.asarray(positions, dtype=np.int64))
+        return [
+            f"{self.heads[source][shard].name}#{sample}"
+            for source, shard, sample in zip(places.source, places.shard, places.sample, strict=True)
+        ]
 
     def manifest(self) -> dict[str, dict[str, Any]]:
         """Name, size and hash of every shard, for naming what changed when the fingerprint does."""

@@ -184,6 +184,11 @@ class Engine:
         """
         return {"model": self._student_state(), "optimizer": self._moments()}
 
+    @property
+    def searching(self) -> bool:
+        """Whether a skipped step may only mean that the loss scale was too large."""
+        return self._loss_scale.value > 1
+
     def scalars(self) -> dict[str, Any]:
         """What of the state is a number: the optimizer's step count and the loss scale."""
         counts = [int(state["step"]) for state in self.optimizer.state.values() if "step" in state]
