@@ -5,6 +5,7 @@ machine read its own network. The name is looked up once, every address it has m
 to the very address that was checked; each redirect is checked again. Proxies are not used.
 """
 
+import contextlib
 import http.client
 import ipaddress
 import socket
@@ -148,7 +149,8 @@ class _Connection(http.client.HTTPConnection):
         if timeout <= 0:
             raise _PassingError("it took too long")
         super().__init__(host, port, timeout=timeout)
-        self._addresses, self._secure = addresses, url.startswith("https:")
+        self._addresses, self._secure = addresses, urlsplit(url).scheme == "https"
+        self._opened: socket.socket | None = None  # http.client forgets `sock` as soon as the answer begins
 
     def connect(self) -> None:
         """Try the addresses in turn."""
@@ -161,13 +163,12 @@ class _Connection(http.client.HTTPConnection):
                 problem = error
         else:
             raise problem
+        self._opened = self.sock
         if self._secure:
-            self.sock = ssl.create_default_context().wrap_socket(self.sock, server_hostname=self.host)
+            self.sock = self._opened = ssl.create_default_context().wrap_socket(self.sock, server_hostname=self.host)
 
     def end(self) -> None:
         """Make whoever reads from this connection see its end; from any thread."""
-        try:
-            if self.sock is not None:
-                self.sock.shutdown(socket.SHUT_RDWR)
-        except OSError:
-            pass
+        with contextlib.suppress(OSError):
+            if self._opened is not None:
+                self._opened.shutdown(socket.SHUT_RDWR)

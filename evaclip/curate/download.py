@@ -67,6 +67,9 @@ def run_download(command: DownloadCommand) -> None:
     if isinstance(recipe, LinksRecipe):
         _run(recipe, command)
         return
+    if command.sbatch:
+        arrays = [f"{part.recipe} --out {folder(command) / part.recipe}" for part in recipe.parts]
+        raise InputError(f"{command.recipe} is a job array for each of its sets; --sbatch of: {', '.join(arrays)}")
     for part in recipe.parts:
         own = load_recipe(part.recipe)
         assert isinstance(own, LinksRecipe)
@@ -119,7 +122,7 @@ def job_array(recipe: LinksRecipe, command: DownloadCommand) -> str:
 def shown(recipe: LinksRecipe, command: DownloadCommand) -> list[str]:
     """The steps as commands and remarks, the first list in full."""
     out, crawling = folder(command), command.crawling
-    lines = [] if crawling.program.is_file() else list(crawling.making)
+    lines = ["# once:", *crawling.making, "# then:"]
     if not command.metadata:
         where = [f"{recipe.lists.hub} ({recipe.lists.revision}), {recipe.lists.pattern}"] if recipe.lists.hub else []
         lines += [f"# lists of links: {place}, to {out}/metadata" for place in where or recipe.lists.addresses]
@@ -150,10 +153,14 @@ def _run(recipe: LinksRecipe, command: DownloadCommand) -> None:
     img2dataset.check(command.crawling)
     where = located(recipe.lists, command.metadata or folder(command) / "metadata", command.metadata is not None)
     done = [_part(recipe, command, where, part) for part in _parts(command, where)]
-    links, images, shards = (sum(one[key] for one in done) for key in ("links", "images", "shards"))
+    links, images, shards, size = (sum(one[key] for one in done) for key in ("links", "images", "shards", "bytes"))
     errors = sum((Counter(one["errors"]) for one in done), Counter())
     print(f"{images:,} images of {links:,} links ({images / links:.1%}) in {shards:,} shards, {folder(command)}/shards")
-    print(f"the recipe expects {recipe.expected.alive:.0%}: {recipe.expected.alive_from}")
+    print(f"{size / max(images, 1):,.0f} bytes a sample, {size / 1e9:,.2f} GB in all")
+    print(
+        f"the recipe expects {recipe.expected.alive:.0%} ({recipe.expected.alive_from}) "
+        f"and {recipe.expected.bytes_per_sample:,} bytes"
+    )
     for what, count in errors.most_common(5):
         print(f"  {count:,} x {what}")
 

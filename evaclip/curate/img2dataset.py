@@ -133,7 +133,7 @@ def call(command: list[str], shards: Path) -> None:
 
 
 def summarised(shards: Path, links: int) -> dict[str, Any]:
-    """Links, images, shards, seconds and errors, as it wrote them down.
+    """Links, images, shards, their bytes, seconds and errors, as it wrote them down.
 
     Raises InputError while some of the links have not been tried: it leaves with status 0 when it is interrupted.
     """
@@ -150,6 +150,7 @@ def summarised(shards: Path, links: int) -> dict[str, Any]:
         "links": tried,
         "images": sum(one["successes"] for one in stats),
         "shards": len(stats),
+        "bytes": sum(path.stat().st_size for path in shards.glob("*.tar")),
         "seconds": round(sum(one["duration"] for one in stats), 1),
         "errors": dict(errors.most_common(20)),
     }

@@ -33,6 +33,8 @@ class PlanCommand:
     """Folder of the lists of links, if they are there: rows and filters are counted in them."""
     alive: float | None = None
     """Share of links that still gives an image; the recipe's expectation unless you have measured it."""
+    bytes_per_sample: int | None = None
+    """Likewise for the bytes of a sample on the disk."""
     nodes: int = 8
     """Machines that download, of 16 cores each."""
     links_per_second: float = LINKS_PER_SECOND
@@ -147,7 +149,7 @@ def _budget(name: str, recipe: LinksRecipe, command: PlanCommand, metadata: Path
         images=images,
         wanted=wanted,
         shards=-(-tried // recipe.samples_per_shard),
-        bytes=images * recipe.expected.bytes_per_sample + size,
+        bytes=images * (command.bytes_per_sample or recipe.expected.bytes_per_sample) + size,
         node_hours=tried / command.links_per_second / 3600,
         counted=metadata is not None,
     )

@@ -52,11 +52,11 @@ class Chunks(Dataset["Chunk | InputError"]):
     An error for the user is returned, not raised: the loader would wrap it in the worker's traceback.
     """
 
-    def __init__(self, shards: ShardSet, seed: int, size: int, image_size: int, context: int) -> None:
+    def __init__(self, shards: ShardSet, seed: int, size: int, image_size: int, context: int, batch_size: int) -> None:
         self.size, self.image_size, self.context, self.seed = size, image_size, context, seed
         self.config = shards.config
         self.paths = [[Path(head.path) for head in heads] for heads in shards.heads]
-        self.order = shards.order(seed)
+        self.order = shards.order(seed, batch_size)
         clip_tokenizer(context)  # built before the workers fork, so that they share it
         self.open_shards: OrderedDict[tuple[int, int], OpenShard] = OrderedDict()
 

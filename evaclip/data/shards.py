@@ -2,7 +2,7 @@
 
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from evaclip.data.index import ShardHead, expand, fingerprint, index_shards
 from evaclip.data.order import Order, Source
@@ -27,7 +27,10 @@ class DataConfig:
     """Where the pairs come from and how they are read."""
 
     sources: tuple[SourceConfig, ...]
-    """The data; several sources are mixed sample by sample by their weights."""
+    """The data; several sources are mixed by their weights."""
+    mix_by: Literal["sample", "batch"] = "sample"
+    """What is mixed: samples, so that every batch has its share of each source; or whole batches, each of one source,
+    as EVA-CLIP's published command does with equal weights. A caption then has negatives of its own source alone."""
     crop: CropConfig = field(default_factory=CropConfig)
     """Augmentation of the images."""
     workers: int = 4
@@ -71,13 +74,14 @@ class ShardSet:
     def __len__(self) -> int:
         return sum(head.samples for heads in self.heads for head in heads)
 
-    def order(self, seed: int) -> Order:
-        """The order of the samples for a seed."""
+    def order(self, seed: int, batch_size: int) -> Order:
+        """The order of the samples for a seed; the size of a batch matters where whole batches are mixed."""
         named = zip(self.config.sources, self.heads, strict=True)
         return Order(
             [Source(config.name, config.weight, tuple(h.samples for h in heads)) for config, heads in named],
             seed,
             self.config.window,
+            batch_size if self.config.mix_by == "batch" else 1,
         )
 
     def manifest(self) -> dict[str, dict[str, Any]]:
