@@ -4,8 +4,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from evaclip.data.index import ShardHead, expand, fingerprint, index_shards
+from evaclip.data.index import ShardHead, expand, fingerprint, index_shards, lines_of
 from evaclip.data.order import Order, Source
+from evaclip.data.remote import CacheConfig, ShardCache, addresses, is_address
 from evaclip.data.transforms import CropConfig
 from evaclip.errors import InputError
 
@@ -17,7 +18,7 @@ class SourceConfig:
     name: str
     """What it is called in logs."""
     shards: tuple[str, ...]
-    """Brace patterns, folders of .tar files, or @list files."""
+    """Brace patterns, folders of .tar files, or @list files; addresses as s3://bucket/{000..099}.tar too."""
     weight: float = 1.0
     """Relative share of the samples."""
 
@@ -43,6 +44,8 @@ class DataConfig:
     """Shards whose samples are shuffled together, and that are open at a time."""
     index_folder: Path | None = None
     """Where shard indexes go when the shards' folder is read-only."""
+    cache: CacheConfig = field(default_factory=CacheConfig)
+    """Where shards that lie at addresses are kept."""
     skip_damaged_shards: bool = False
     """Leave shards that are no whole tar out, instead of refusing to start."""
     max_damaged: float = 0.01
@@ -58,18 +61,32 @@ class ShardSet:
         self.heads: list[list[ShardHead]] = []
         if not config.sources:
             raise InputError("no data: the recipe needs at least one source of shards, --data.sources")
+        self.cache = ShardCache(config.cache, config.index_folder)
         for source in config.sources:
-            heads = index_shards(
-                expand(source.shards),
-                index_folder=config.index_folder,
-                skip_damaged=config.skip_damaged_shards,
-                processes=max(1, config.workers),
-            )
-            heads = [head for head in heads if head.samples]
+            heads = [head for head in self._indexed(source) if head.samples]
             if not heads:
                 raise InputError(f"source {source.name!r} has no samples: its shards hold no images or captions")
             self.heads.append(heads)
+        self.cache.check_size([head for heads in self.heads for head in heads], config.window)
         self.fingerprint = fingerprint(head for heads in self.heads for head in heads)
+
+    def _indexed(self, source: SourceConfig) -> list[ShardHead]:
+        """The heads of a source's shards, local ones and those at addresses, in the order in which they are named."""
+        config = self.config
+        paths = [path for pattern in lines_of(source.shards) for path in self._places(pattern)] or expand(())
+        local = [path for path in paths if path not in self.cache.addresses]
+        heads = index_shards(
+            local, index_folder=config.index_folder, skip_damaged=config.skip_damaged_shards,
+            processes=max(1, config.workers),
+        )  # fmt: skip
+        away = [path for path in paths if path in self.cache.addresses]
+        found = {head.path: head for head in heads + self.cache.heads(away, config.skip_damaged_shards)}
+        return [found[str(path)] for path in paths if str(path) in found]
+
+    def _places(self, pattern: str) -> list[Path]:
+        if is_address(pattern):
+            return [self.cache.place(address) for address in addresses(pattern)]
+        return expand([pattern])
 
     def __len__(self) -> int:
         return sum(head.samples for heads in self.heads for head in heads)
