@@ -78,7 +78,7 @@ def expand(patterns: Sequence[str]) -> list[Path]:
     for pattern in lines_of(patterns):
         if "://" in pattern or pattern.startswith("pipe:"):
             raise InputError(
-                f"{pattern}: shards are read from local folders only; copy or mount them first (training takes addresses)"
+                f"{pattern}: shards are read from local folders only; mount or copy them (training takes addresses)"
             )
         path = Path(pattern)
         if path.is_dir():

@@ -1,5 +1,6 @@
 """The data of a run: sources of shards, indexed and counted before the first step."""
 
+from collections import Counter
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -102,8 +103,14 @@ class ShardSet:
         )
 
     def manifest(self) -> dict[str, dict[str, Any]]:
-        """Name, size and hash of every shard, for naming what changed when the fingerprint does."""
-        return {head.name: asdict(head) for heads in self.heads for head in heads}
+        """Name, size and hash of every shard, for naming what changed when the fingerprint does.
+
+        Downloads call the first shard of every folder 00000.tar: a name that comes twice has its folder before it.
+        """
+        heads = [head for heads in self.heads for head in heads]
+        times = Counter(head.name for head in heads)
+        names = (head.name if times[head.name] == 1 else "/".join(Path(head.path).parts[-2:]) for head in heads)
+        return {name: asdict(head) for name, head in zip(names, heads, strict=True)}
 
 
 def changed_shards(before: dict[str, dict[str, Any]], now: dict[str, dict[str, Any]]) -> list[str]:

@@ -228,6 +228,16 @@ def test_changed_shards_are_named(shards):
     ]
 
 
+def test_shards_of_the_same_name_in_two_folders_are_two(shards):
+    one, two = shards(name="one"), shards(name="two", seed=1)
+    before = shard_set(one, two, weights=(1.0, 1.0)).manifest()
+    assert len(before) == 8
+    shards(name="two", seed=2)
+    assert changed_shards(before, shard_set(one, two, weights=(1.0, 1.0)).manifest()) == [
+        f"two/train-{number:05}.tar changed" for number in range(4)
+    ]
+
+
 def test_batches_split_into_equal_parts(shards):
     batch, _ = batches(shard_set(shards()), 1)[0]
     parts = batch.split(4)
