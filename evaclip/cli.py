@@ -18,6 +18,8 @@ USAGE = """evaclip: train CLIP models bootstrapped from EVA, and score them zero
                                              torchrun --nproc-per-node 8 -m evaclip train RECIPE
   evaclip zeroshot --dataset D --model RUN   score a trained model
   evaclip data caption RECIPE ...            a labelled data set as image-text shards
+  evaclip data plan RECIPE                   links, images, disk, hours and cost of a public set, before it is fetched
+  evaclip data download RECIPE               its lists of links, downloaded to shards; goes on where it was stopped
   evaclip doctor                             versions, devices, attention kernels, what is missing
 
 Each verb explains its fields with --help.
@@ -170,4 +172,6 @@ VERBS: dict[str, Callable[[list[str]], int | None]] = {
 }
 DATA_VERBS: dict[str, Callable[[list[str]], int | None]] = {
     "caption": command("data caption", "evaclip.curate.caption", "CaptionCommand", "run_caption"),
+    "plan": command("data plan", "evaclip.curate.plan", "PlanCommand", "run_plan"),
+    "download": command("data download", "evaclip.curate.download", "DownloadCommand", "run_download"),
 }

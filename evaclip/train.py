@@ -146,7 +146,7 @@ def _report(
     """An event in the log, and the samples in a file that it names."""
     path = config.run_dir / "dumps" / f"step_{step:08}.json"
     if is_main():
-        samples = shards.names(range(*stretch), config.seed)
+        samples = shards.names(range(*stretch), config.seed, config.batch_size)
         write_dump(path, step, why, samples, {name: float(value) for name, value in metrics.items()})
         log.event(step, f"step {step:,}: {why}; its samples are in {path}", positions=list(stretch))
     return path

@@ -22,7 +22,7 @@ ROWS = (
     {"objectives", "evals", "guard"},
     {"encoder"},
     {"data", "models", "optim", "engine", "checkpoint", "report"},
-    {"distributed", "keyed", "log", "records", "shipped", "openclip", "errors"},
+    {"distributed", "keyed", "log", "records", "shipped", "openclip", "fetch", "errors"},
 )
 # Within the lowest row two modules are used by the others, and curate may use the row below its own and evals' layouts.
 FOUNDATIONS = {"errors"}

@@ -146,7 +146,9 @@ def test_after_too_many_skipped_steps_it_goes_back_and_passes_over_their_data(tm
     events = [entry["event"] for entry in read_log(tmp_path / "rolled") if "event" in entry]
     assert any("gone back from step 11 to 8; pairs 144 to 176 are left out" in event for event in events)
     dump = json.loads((tmp_path / "rolled" / "dumps" / "step_00000011.json").read_text())
-    assert dump["samples"] == ShardSet(rolled.data).names(range(144, 176), rolled.seed) and len(dump["samples"]) == 32
+    assert (
+        dump["samples"] == ShardSet(rolled.data).names(range(144, 176), rolled.seed, 16) and len(dump["samples"]) == 32
+    )
     assert dump["metrics"]["loss"] == "nan" and "logit_scale" in dump["metrics"]
     monkeypatch.undo()
     # The same as if the stretch had never been there.
@@ -180,7 +182,7 @@ def test_a_spike_is_reported_with_its_samples(tmp_path, shards, monkeypatch):
     assert len(events) == 1 and "standard deviations above the mean" in events[0]["event"]
     assert events[0]["positions"] == [17 * 16, 18 * 16]
     dump = json.loads((tmp_path / "run" / "dumps" / "step_00000018.json").read_text())
-    assert dump["samples"] == ShardSet(config.data).names(range(17 * 16, 18 * 16), config.seed)
+    assert dump["samples"] == ShardSet(config.data).names(range(17 * 16, 18 * 16), config.seed, 16)
 
 
 def test_a_signal_while_the_data_is_blocked_ends_with_85(tmp_path, shards):

@@ -1,7 +1,6 @@
 """A labelled data set as image-text shards: each image with its class name in one of many sentences."""
 
 import io
-import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,13 +9,11 @@ import numpy as np
 import tyro
 
 from evaclip import keyed
+from evaclip.curate.recipe import load_caption_record
 from evaclip.data.write import Pair, write_shards
-from evaclip.errors import InputError, did_you_mean
 from evaclip.evals.card import load_card
 from evaclip.evals.layouts import LabelledImages, find_images
 from evaclip.log import progress
-from evaclip.records import structured
-from evaclip.shipped import shipped
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,10 +45,7 @@ class CaptionRecipe:
 
 def load_caption_recipe(name: str) -> CaptionRecipe:
     """A recipe by the name of its folder. Raises InputError, with the nearest name."""
-    known = {path.parent.name: path for path in shipped("data_recipes").glob("*/recipe.toml")}
-    if name not in known:
-        raise InputError(f"no data recipe is called {name!r}; {did_you_mean(name, known)}")
-    return structured(tomllib.loads(known[name].read_text()), CaptionRecipe, known[name])
+    return load_caption_record(name, CaptionRecipe)
 
 
 def run_caption(command: CaptionCommand) -> None:

@@ -9,11 +9,13 @@ import hashlib
 import io
 import json
 import os
+import zipfile
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 import braceexpand
 import numpy as np
@@ -53,21 +55,33 @@ class ShardIndex:
     """The samples' names."""
 
 
+def lines_of(patterns: Sequence[str]) -> list[str]:
+    """The patterns, with those in `@file` in the place of its name. Raises InputError for a list that is not there."""
+    found: list[str] = []
+    for pattern in patterns:
+        if not pattern.startswith("@"):
+            found.append(pattern)
+            continue
+        path = Path(pattern[1:])
+        if not path.is_file():
+            raise InputError(f"the list of shards {path} does not exist")
+        found += lines_of([line.strip() for line in path.read_text().splitlines() if line.strip()])
+    return found
+
+
 def expand(patterns: Sequence[str]) -> list[Path]:
     """The shards that patterns stand for: `a/{000..099}.tar`, a folder of tars, or `@file` with one pattern a line.
 
     Raises InputError for a pattern that stands for nothing and for shards that do not exist.
     """
     found: list[Path] = []
-    for pattern in patterns:
+    for pattern in lines_of(patterns):
         if "://" in pattern or pattern.startswith("pipe:"):
-            raise InputError(f"{pattern}: shards are read from local folders only; copy or mount them first")
-        path = Path(pattern.removeprefix("@"))
-        if pattern.startswith("@"):
-            if not path.is_file():
-                raise InputError(f"the list of shards {path} does not exist")
-            found += expand([line for line in path.read_text().splitlines() if line.strip()])
-        elif path.is_dir():
+            raise InputError(
+                f"{pattern}: shards are read from local folders only; mount or copy them (training takes addresses)"
+            )
+        path = Path(pattern)
+        if path.is_dir():
             tars = sorted(path.glob("*.tar"))
             if not tars:
                 raise InputError(f"the folder {path} holds no .tar files")
@@ -98,20 +112,25 @@ def index_shards(
     new = [path for path, head in heads.items() if head is None]
     damaged: list[str] = []
     if new:
-        work = partial(_index_or_reason, index_folder=index_folder)
+        work = partial(index_or_reason, index_folder=index_folder)
         with ProcessPoolExecutor(processes) if processes > 1 and len(new) > 1 else _Inline() as pool:
             for path, result in zip(new, progress(pool.map(work, new), len(new), "indexing shards"), strict=True):
                 if isinstance(result, ShardHead):
                     heads[path] = result
                 else:
                     damaged.append(f"{path}: {result}")
+    damage_refused(damaged, len(paths), skip_damaged)
+    return [head for path in paths if (head := heads[path]) is not None]
+
+
+def damage_refused(damaged: Sequence[str], count: int, skip_damaged: bool) -> None:
+    """Raises InputError that names damaged shards, unless they are to be left out."""
     if damaged and not skip_damaged:
         shown = "; ".join(damaged[:5]) + (f"; and {len(damaged) - 5} more" if len(damaged) > 5 else "")
         raise InputError(
-            f"{len(damaged)} of {len(paths):,} shards are damaged ({shown}). "
+            f"{len(damaged)} of {count:,} shards are damaged ({shown}). "
             "Fetch them again, or leave them out with --data.skip-damaged-shards"
         )
-    return [head for path in paths if (head := heads[path]) is not None]
 
 
 def fingerprint(heads: Iterable[ShardHead]) -> str:
@@ -122,25 +141,53 @@ def fingerprint(heads: Iterable[ShardHead]) -> str:
 
 def load_index(path: Path, index_folder: Path | None = None) -> ShardIndex:
     """The index of a shard that `index_shards` has been over."""
-    with np.load(_index_file(path, index_folder), allow_pickle=False) as stored:
+    with np.load(index_file(path, index_folder), allow_pickle=False) as stored:
         return ShardIndex(stored["spans"], json.loads(stored["keys"].tobytes()))
+
+
+def stored_head(path: Path, index_folder: Path | None = None) -> ShardHead | None:
+    """The head of a shard as it was indexed, whatever has become of its file; None without an index."""
+    head = _stored(index_file(path, index_folder))
+    return ShardHead(str(path), head["bytes"], head["sha256"], head["samples"]) if head else None
+
+
+def whole_index(file: Path) -> bool:
+    """Whether an index that somebody else has made is one, and points nowhere outside its shard."""
+    head = _stored(file)
+    if head is None:
+        return False
+    try:
+        with np.load(file, allow_pickle=False) as stored:
+            spans, keys = stored["spans"], json.loads(stored["keys"].tobytes())
+            offsets, sizes = spans[:, ::2], spans[:, 1::2]
+            inside = (offsets >= 0) & (sizes >= -1) & (sizes <= head["bytes"]) & (offsets <= head["bytes"] - sizes)
+            return (
+                spans.dtype == np.int64 and spans.shape == (head["samples"], 4) == (len(keys), 4) and bool(inside.all())
+            )
+    except (OSError, ValueError, KeyError, TypeError, IndexError):
+        return False
+
+
+def _stored(file: Path) -> dict[str, Any] | None:
+    """The record in an index of this version."""
+    try:
+        with np.load(file, allow_pickle=False) as stored:
+            head = json.loads(stored["head"].tobytes())
+            return head if head["version"] == VERSION else None
+    except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile):
+        return None
 
 
 def _known_head(path: Path, index_folder: Path | None) -> ShardHead | None:
     """The head in an index that is up to date, else None."""
-    file = _index_file(path, index_folder)
-    try:
-        with np.load(file, allow_pickle=False) as stored:
-            head = json.loads(stored["head"].tobytes())
-    except (OSError, ValueError, KeyError):
+    head, stat = _stored(index_file(path, index_folder)), path.stat()
+    if head is None or (head["modified"], head["bytes"]) != (stat.st_mtime_ns, stat.st_size):
         return None
-    stat = path.stat()
-    if (head.pop("version"), head.pop("modified")) != (VERSION, stat.st_mtime_ns) or head["bytes"] != stat.st_size:
-        return None
-    return ShardHead(path=str(path), **head)
+    return stored_head(path, index_folder)
 
 
-def _index_or_reason(path: Path, index_folder: Path | None) -> ShardHead | str:
+def index_or_reason(path: Path, index_folder: Path | None) -> ShardHead | str:
+    """The head of a shard, which is indexed, or why it cannot be."""
     try:
         return _index(path, index_folder)
     except DamagedTarError as error:
@@ -162,7 +209,7 @@ def _index(path: Path, index_folder: Path | None) -> ShardHead:
         spans=np.array(list(samples.values()), np.int64).reshape(-1, 4),
         keys=np.frombuffer(json.dumps(list(samples)).encode(), np.uint8),
     )
-    target = _index_file(path, index_folder)
+    target = index_file(path, index_folder)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = target.with_name(f"{target.name}.{os.getpid()}")
@@ -193,7 +240,8 @@ def _samples(path: Path) -> dict[str, tuple[int, int, int, int]]:
     return samples
 
 
-def _index_file(path: Path, index_folder: Path | None) -> Path:
+def index_file(path: Path, index_folder: Path | None) -> Path:
+    """Where the index of a shard lies."""
     if index_folder is None:
         return path.parent / FOLDER / f"{path.name}.npz"
     place = hashlib.sha256(str(path.parent.resolve()).encode()).hexdigest()[:16]

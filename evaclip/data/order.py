@@ -2,7 +2,8 @@
 
     position --mix--> source, place within it --epoch--> window of shards --permutation--> shard, sample
 
-The mix spreads the sources evenly: after any number of positions each source has had its share, to within one sample.
+The mix spreads the sources evenly: after any number of positions each source has had its share, to within one sample;
+or, where whole batches are mixed, after any number of batches to within one batch.
 Each epoch of a source visits every sample exactly once. It permutes the shards, takes them `window` at a time, and
 permutes the samples of a window with a keyed bijection. So a reader holds `window` shards open, and resuming at any
 position costs the same. The state of the data is one number.
@@ -42,13 +43,16 @@ class Places:
 class Order:
     """The order of one run."""
 
-    def __init__(self, sources: Sequence[Source], seed: int, window: int = 64) -> None:
-        """`window`: shards whose samples are mixed with each other."""
+    def __init__(self, sources: Sequence[Source], seed: int, window: int = 64, block: int = 1) -> None:
+        """`window`: shards whose samples are mixed with each other. `block`: positions in a row of one source: 1 to mix
+        samples, the batch size to mix whole batches.
+        """
         self.sources = tuple(sources)
         self.sizes = [sum(source.counts) for source in sources]
         assert self.sizes and min(self.sizes) > 0
         self.seed = seed
         self.window = window
+        self.block = block
         self._shares = _whole_shares([source.weight for source in sources])
         self._epoch = lru_cache(maxsize=4 * len(sources))(self._epoch_uncached)
 
@@ -67,18 +71,19 @@ class Order:
     def _mixed(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The source at each position and how many samples of it came before.
 
-        Source k takes its share of what the sources before it left over: of p positions it gets floor(p a / b).
+        Source k takes its share of what the sources before it left over: of p blocks it gets floor(p a / b).
         """
-        source, place = np.zeros_like(positions), np.zeros_like(positions)
-        left = np.ones_like(positions, dtype=bool)
-        rest, total = positions.copy(), sum(self._shares)
+        blocks, offset = positions // self.block, positions % self.block
+        source, place = np.zeros_like(blocks), np.zeros_like(blocks)
+        left = np.ones_like(blocks, dtype=bool)
+        rest, total = blocks, sum(self._shares)
         for number, share in enumerate(self._shares):
             before = _share_of(rest, share, total)
             taken = left & (_share_of(rest + 1, share, total) > before)
             source[taken], place[taken] = number, before[taken]
             left &= ~taken
             rest, total = rest - before, total - share
-        return source, place
+        return source, place * self.block + offset
 
     def _within(self, number: int, epoch: int, place: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         shards, ends = self._epoch(number, epoch)

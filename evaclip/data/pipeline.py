@@ -124,6 +124,11 @@ class Stream:
             raise InputError(f"a batch of {batch_size:,} is larger than the data: {len(shards):,} samples")
         if batch_size % ranks:
             raise InputError(f"a batch of {batch_size:,} does not divide among {ranks} ranks")
+        if shards.config.mix_by == "batch" and cursor.position % batch_size:
+            raise InputError(
+                f"whole batches cannot be mixed from here: {cursor.position:,} samples have been seen, which is no "
+                f"multiple of the batch of {batch_size:,}; use --data.mix-by sample, or the batch size of before"
+            )
         self.cursor = cursor
         self.times = LoaderTimes()
         self.damage: Counter[str] = Counter()
@@ -131,7 +136,7 @@ class Stream:
         self._config = shards.config
         local = batch_size // ranks
         self._chunk = next(size for size in range(min(self._config.chunk, local), 0, -1) if local % size == 0)
-        self._chunks = Chunks(shards, cursor.seed, self._chunk, image_size, context)
+        self._chunks = Chunks(shards, cursor.seed, self._chunk, image_size, context, batch_size)
         self._pin = pin_memory
 
     def __iter__(self) -> Iterator[tuple[Batch, Cursor]]:

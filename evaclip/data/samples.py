@@ -52,11 +52,11 @@ class Chunks(Dataset["Chunk | InputError"]):
     An error for the user is returned, not raised: the loader would wrap it in the worker's traceback.
     """
 
-    def __init__(self, shards: ShardSet, seed: int, size: int, image_size: int, context: int) -> None:
+    def __init__(self, shards: ShardSet, seed: int, size: int, image_size: int, context: int, batch_size: int) -> None:
         self.size, self.image_size, self.context, self.seed = size, image_size, context, seed
         self.config = shards.config
-        self.paths = [[Path(head.path) for head in heads] for heads in shards.heads]
-        self.order = shards.order(seed)
+        self.heads, self.cache = shards.heads, shards.cache
+        self.order = shards.order(seed, batch_size)
         clip_tokenizer(context)  # built before the workers fork, so that they share it
         self.open_shards: OrderedDict[tuple[int, int], OpenShard] = OrderedDict()
 
@@ -108,8 +108,15 @@ class Chunks(Dataset["Chunk | InputError"]):
         """The shard, opened once and kept while it is among the last used."""
         place = (source, shard)
         if place not in self.open_shards:
-            path = self.paths[source][shard]
-            self.open_shards[place] = OpenShard(path, load_index(path, self.config.index_folder))
+            head = self.heads[source][shard]
+            path = Path(head.path)
+            with self.cache.held(path, head):
+                opened = OpenShard(path, load_index(path, self.config.index_folder))
+            for other in [key for key, shard in self.open_shards.items() if shard.removed]:
+                self.open_shards.pop(
+                    other
+                ).close()  # the cache has let it go; its space is free once nobody has it open
+            self.open_shards[place] = opened
             if len(self.open_shards) > 2 * self.config.window:
                 self.open_shards.popitem(last=False)[1].close()
         self.open_shards.move_to_end(place)
@@ -122,6 +129,11 @@ class OpenShard:
     def __init__(self, path: Path, index: ShardIndex) -> None:
         self.path, self.index = path, index
         self._file = os.open(path, os.O_RDONLY)
+
+    @property
+    def removed(self) -> bool:
+        """Whether the file has lost its name since it was opened."""
+        return os.fstat(self._file).st_nlink == 0
 
     def close(self) -> None:
         """Give the file back."""

@@ -1,14 +1,16 @@
 """The data of a run: sources of shards, indexed and counted before the first step."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
-from evaclip.data.index import ShardHead, expand, fingerprint, index_shards
+from evaclip.data.index import ShardHead, expand, fingerprint, index_shards, lines_of
 from evaclip.data.order import Order, Source
+from evaclip.data.remote import CacheConfig, ShardCache, addresses, is_address
 from evaclip.data.transforms import CropConfig
 from evaclip.errors import InputError
 
@@ -20,7 +22,7 @@ class SourceConfig:
     name: str
     """What it is called in logs."""
     shards: tuple[str, ...]
-    """Brace patterns, folders of .tar files, or @list files."""
+    """Brace patterns, folders of .tar files, or @list files; addresses as s3://bucket/{000..099}.tar too."""
     weight: float = 1.0
     """Relative share of the samples."""
 
@@ -30,7 +32,10 @@ class DataConfig:
     """Where the pairs come from and how they are read."""
 
     sources: tuple[SourceConfig, ...]
-    """The data; several sources are mixed sample by sample by their weights."""
+    """The data; several sources are mixed by their weights."""
+    mix_by: Literal["sample", "batch"] = "sample"
+    """What is mixed: samples, so that every batch has its share of each source; or whole batches, each of one source,
+    as EVA-CLIP's published command does with equal weights. A caption then has negatives of its own source alone."""
     crop: CropConfig = field(default_factory=CropConfig)
     """Augmentation of the images."""
     workers: int = 4
@@ -43,6 +48,8 @@ class DataConfig:
     """Shards whose samples are shuffled together, and that are open at a time."""
     index_folder: Path | None = None
     """Where shard indexes go when the shards' folder is read-only."""
+    cache: CacheConfig = field(default_factory=CacheConfig)
+    """Where shards that lie at addresses are kept."""
     skip_damaged_shards: bool = False
     """Leave shards that are no whole tar out, instead of refusing to start."""
     max_damaged: float = 0.01
@@ -58,42 +65,63 @@ class ShardSet:
         self.heads: list[list[ShardHead]] = []
         if not config.sources:
             raise InputError("no data: the recipe needs at least one source of shards, --data.sources")
+        self.cache = ShardCache(config.cache, config.index_folder)
         for source in config.sources:
-            heads = index_shards(
-                expand(source.shards),
-                index_folder=config.index_folder,
-                skip_damaged=config.skip_damaged_shards,
-                processes=max(1, config.workers),
-            )
-            heads = [head for head in heads if head.samples]
+            heads = [head for head in self._indexed(source) if head.samples]
             if not heads:
                 raise InputError(f"source {source.name!r} has no samples: its shards hold no images or captions")
             self.heads.append(heads)
+        self.cache.check_size([head for heads in self.heads for head in heads], config.window)
         self.fingerprint = fingerprint(head for heads in self.heads for head in heads)
+
+    def _indexed(self, source: SourceConfig) -> list[ShardHead]:
+        """The heads of a source's shards, local ones and those at addresses, in the order in which they are named."""
+        config = self.config
+        paths = [path for pattern in lines_of(source.shards) for path in self._places(pattern)] or expand(())
+        local = [path for path in paths if path not in self.cache.addresses]
+        heads = index_shards(
+            local, index_folder=config.index_folder, skip_damaged=config.skip_damaged_shards,
+            processes=max(1, config.workers),
+        )  # fmt: skip
+        away = [path for path in paths if path in self.cache.addresses]
+        found = {head.path: head for head in heads + self.cache.heads(away, config.skip_damaged_shards)}
+        return [found[str(path)] for path in paths if str(path) in found]
+
+    def _places(self, pattern: str) -> list[Path]:
+        if is_address(pattern):
+            return [self.cache.place(address) for address in addresses(pattern)]
+        return expand([pattern])
 
     def __len__(self) -> int:
         return sum(head.samples for heads in self.heads for head in heads)
 
-    def order(self, seed: int) -> Order:
-        """The order of the samples for a seed."""
+    def order(self, seed: int, batch_size: int) -> Order:
+        """The order of the samples for a seed; the size of a batch matters where whole batches are mixed."""
         named = zip(self.config.sources, self.heads, strict=True)
         return Order(
             [Source(config.name, config.weight, tuple(h.samples for h in heads)) for config, heads in named],
             seed,
             self.config.window,
+            batch_size if self.config.mix_by == "batch" else 1,
         )
 
-    def names(self, positions: Sequence[int], seed: int) -> list[str]:
+    def names(self, positions: Sequence[int], seed: int, batch_size: int) -> list[str]:
         """The samples at these positions of the stream, as `shard#number within it`."""
-        places = self.order(seed).places(np.asarray(positions, dtype=np.int64))
+        places = self.order(seed, batch_size).places(np.asarray(positions, dtype=np.int64))
         return [
             f"{self.heads[source][shard].name}#{sample}"
             for source, shard, sample in zip(places.source, places.shard, places.sample, strict=True)
         ]
 
     def manifest(self) -> dict[str, dict[str, Any]]:
-        """Name, size and hash of every shard, for naming what changed when the fingerprint does."""
-        return {head.name: asdict(head) for heads in self.heads for head in heads}
+        """Name, size and hash of every shard, for naming what changed when the fingerprint does.
+
+        Downloads call the first shard of every folder 00000.tar: a name that comes twice has its folder before it.
+        """
+        heads = [head for heads in self.heads for head in heads]
+        times = Counter(head.name for head in heads)
+        names = (head.name if times[head.name] == 1 else "/".join(Path(head.path).parts[-2:]) for head in heads)
+        return {name: asdict(head) for name, head in zip(names, heads, strict=True)}
 
 
 def changed_shards(before: dict[str, dict[str, Any]], now: dict[str, dict[str, Any]]) -> list[str]:

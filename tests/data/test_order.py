@@ -8,8 +8,8 @@ from evaclip.data.order import Order, Source
 UNEVEN = (7, 1, 30, 12, 5, 9, 0, 16, 3, 17)
 
 
-def order(*sources: Source, seed: int = 5, window: int = 3) -> Order:
-    return Order(sources, seed, window)
+def order(*sources: Source, seed: int = 5, window: int = 3, block: int = 1) -> Order:
+    return Order(sources, seed, window, block)
 
 
 def ids(which: Order, positions: np.ndarray) -> list[tuple[int, int, int]]:
@@ -67,6 +67,36 @@ def test_each_source_of_a_mix_goes_through_its_own_epochs():
         mine = places.source == number
         pairs = sorted(zip(places.shard[mine].tolist(), places.sample[mine].tolist(), strict=True))
         assert pairs == [(shard, sample) for shard, count in enumerate(counts) for sample in range(count)]
+
+
+@pytest.mark.parametrize("weights", [(0.5, 0.5), (0.8, 0.2), (0.5, 0.3, 0.2), (1.0, 0.0, 1.0)])
+@pytest.mark.parametrize("block", [1, 7, 32])
+def test_whole_blocks_come_from_one_source_in_their_shares(weights, block):
+    """Against a plain walk: each block has the source of the mix of samples, and its samples one after another."""
+    sources = [Source(str(n), weight, (50, 13) * 2) for n, weight in enumerate(weights)]
+    mixed = order(*sources, block=block)._mixed(np.arange(200 * block))
+    walk = order(*sources).places(np.arange(200)).source
+    seen = [0] * len(sources)
+    for number, source in enumerate(walk.tolist()):
+        here = slice(number * block, (number + 1) * block)
+        assert (mixed[0][here] == source).all()
+        assert mixed[1][here].tolist() == list(range(seen[source], seen[source] + block))
+        seen[source] += block
+    for number, weight in enumerate(weights):
+        counted = np.cumsum(walk == number)
+        assert np.abs(counted - np.arange(1, 201) * weight / sum(weights)).max() <= len(weights) - 1 + 1e-6
+
+
+def test_epochs_of_mixed_blocks_visit_every_sample_once():
+    which = order(Source("a", 0.5, (30, 10)), Source("b", 0.5, (25, 15)), block=8)
+    places = which.places(np.arange(160))  # two epochs of each
+    for number, counts in enumerate([(30, 10), (25, 15)]):
+        mine = np.flatnonzero(places.source == number)
+        for half in (mine[:40], mine[40:]):
+            pairs = sorted(zip(places.shard[half].tolist(), places.sample[half].tolist(), strict=True))
+            assert pairs == [(shard, sample) for shard, count in enumerate(counts) for sample in range(count)]
+    far = np.array([0, 5, 10**11, 10**11 + 7, 77])
+    assert ids(which, far) == [ids(which, np.array([p]))[0] for p in far]
 
 
 def test_positions_far_out_cost_and_work_the_same():

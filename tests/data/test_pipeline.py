@@ -79,8 +79,40 @@ def test_two_sources_are_mixed_within_each_batch(shards):
     data = shard_set(one, two, weights=(0.75, 0.25))
     assert len(data) == 128
     for batch, _ in batches(data, 5):
-        places = data.order(3).places(batch.positions.numpy())
+        places = data.order(3, 8).places(batch.positions.numpy())
         assert (places.source == 1).sum() == 2
+
+
+def sources_of(data: ShardSet, found: list, size: int = 8) -> list[set[int]]:
+    """The sources that each batch holds."""
+    return [set(data.order(3, size).places(batch.positions.numpy()).source.tolist()) for batch, _ in found]
+
+
+def test_whole_batches_are_mixed_when_asked_for(shards):
+    """The published command's mix: one source, then the other, whatever ranks, workers and chunks do."""
+    one, two = shards(name="one"), shards(name="two", seed=1, first=1000)
+    data = shard_set(one, two, weights=(0.5, 0.5), mix_by="batch")
+    whole = batches(data, 16)
+    assert sources_of(data, whole) == [{1}, {0}] * 8
+    rows = torch.cat([torch.nn.functional.pad(b.tokens, (0, 20 - b.tokens.shape[1])) for b, _ in whole])
+    assert len(rows.unique(dim=0)) == 128  # an epoch of both, each caption once
+    for workers, chunk in ((1, 2), (3, 3)):
+        again = batches(shard_set(one, two, weights=(0.5, 0.5), mix_by="batch", workers=workers, chunk=chunk), 16)
+        assert all(same(a, b) and c == d for (a, c), (b, d) in zip(whole, again, strict=True))
+    for ranks in (2, 4):
+        parts = [batches(data, 16, rank=rank, ranks=ranks) for rank in range(ranks)]
+        for number, (batch, _) in enumerate(whole):
+            assert torch.equal(torch.cat([part[number][0].images for part in parts]), batch.images)
+    resumed = batches(data, 9, position=whole[6][1].position)
+    assert all(same(a, b) for (a, _), (b, _) in zip(whole[7:], resumed, strict=True))
+    mixed = batches(shard_set(one, two, weights=(0.5, 0.5)), 4)
+    assert sources_of(shard_set(one, two, weights=(0.5, 0.5)), mixed) == [{0, 1}] * 4
+
+
+def test_whole_batches_are_not_mixed_from_within_one(shards):
+    data = shard_set(shards(), shards(name="two", seed=1), weights=(0.5, 0.5), mix_by="batch")
+    with pytest.raises(InputError, match=r"24 samples have been seen, which is no multiple of the batch of 16"):
+        batches(data, 1, position=24, size=16)
 
 
 def damaged_shards(folder: Path) -> Path:
@@ -161,9 +193,10 @@ def test_empty_sources_are_refused(tmp_path):
 def test_a_worker_that_dies_is_a_sentence(shards):
     data = shard_set(shards(), workers=1)
     stream = Stream(data, Cursor(data.fingerprint, 3, 0), batch_size=8, image_size=16, context=20)
+    before = {child.pid for child in multiprocessing.active_children()}  # other tests' workers may still be leaving
     loop = iter(stream)
     next(loop)
-    victim = multiprocessing.active_children()[0]
+    victim = next(child for child in multiprocessing.active_children() if child.pid not in before)
     os.kill(victim.pid, signal.SIGKILL)
     with pytest.raises(
         InputError, match=r"a data worker was killed, .* --resume auto, with fewer --data.workers .now 1"
@@ -198,6 +231,16 @@ def test_changed_shards_are_named(shards):
         "train-00000.tar changed",
         "train-00001.tar changed",
         "train-00002.tar changed",
+    ]
+
+
+def test_shards_of_the_same_name_in_two_folders_are_two(shards):
+    one, two = shards(name="one"), shards(name="two", seed=1)
+    before = shard_set(one, two, weights=(1.0, 1.0)).manifest()
+    assert len(before) == 8
+    shards(name="two", seed=2)
+    assert changed_shards(before, shard_set(one, two, weights=(1.0, 1.0)).manifest()) == [
+        f"two/train-{number:05}.tar changed" for number in range(4)
     ]
 
 

@@ -12,10 +12,10 @@ import pytest
 from PIL import Image
 
 from evaclip.curate.caption import load_caption_recipe
+from evaclip.curate.recipe import known_recipes, recipe_record
 from evaclip.errors import InputError
 from evaclip.evals.card import known_cards, load_card
 from evaclip.evals.layouts import READERS, find_images
-from evaclip.shipped import shipped
 from tests.conftest import encoded
 
 CIFAR = load_card("cifar10")
@@ -43,9 +43,9 @@ def test_cifar_is_the_published_protocol():
     assert CIFAR.classes[:3] == ("airplane", "automobile", "bird") and CIFAR.classes[-1] == "truck"
 
 
-@pytest.mark.parametrize("path", sorted(shipped("data_recipes").glob("*/recipe.toml")), ids=lambda p: p.parent.name)
-def test_shipped_data_recipes_are_complete(path):
-    recipe = load_caption_recipe(path.parent.name)
+@pytest.mark.parametrize("name", [name for name in known_recipes() if recipe_record(name)[1] == "captions"])
+def test_shipped_caption_recipes_are_complete(name):
+    recipe = load_caption_recipe(name)
     assert recipe.split != "test" and recipe.card in known_cards() and len(set(recipe.captions)) == len(recipe.captions)
     assert all(caption.count("{}") == 1 for caption in recipe.captions)
 
