@@ -18,6 +18,7 @@ USAGE = """evaclip: train CLIP models bootstrapped from EVA, and score them zero
                                              torchrun --nproc-per-node 8 -m evaclip train RECIPE
   evaclip zeroshot --dataset D --model RUN   score a trained model
   evaclip data caption RECIPE ...            a labelled data set as image-text shards
+  evaclip convert SRC DST --to LAYOUT        weights from any layout to open_clip's, timm's or EVA's
   evaclip doctor                             versions, devices, attention kernels, what is missing
 
 Each verb explains its fields with --help.
@@ -165,6 +166,7 @@ VERBS: dict[str, Callable[[list[str]], int | None]] = {
     "plan": plan,
     "train": train,
     "zeroshot": command("zeroshot", "evaclip.evaluate", "ZeroShotCommand", "run_zero_shot"),
+    "convert": command("convert", "evaclip.convert", "ConvertCommand", "run_convert"),
     "data": data,
     "doctor": doctor,
 }

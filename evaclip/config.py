@@ -8,10 +8,11 @@ from typing import Any, Literal
 from evaclip.checkpoint import CheckpointConfig
 from evaclip.data.shards import DataConfig
 from evaclip.engine import EngineConfig
-from evaclip.errors import CheckpointError, near_path
+from evaclip.errors import CheckpointError, InputError, near_path
 from evaclip.evals.zero_shot import ZeroShotConfig
 from evaclip.log import LogConfig
 from evaclip.models.shapes import ClipShape
+from evaclip.models.weights.resize import Resize
 from evaclip.objectives.clip import ClipConfig
 from evaclip.optim import OptimConfig
 from evaclip.records import structured
@@ -46,6 +47,18 @@ class RunConfig:
     start_from: Path | None = None
     """Run whose weights this one starts from, as its next phase: another masking, another resolution. On the same data
     and seed it goes on with the pairs that come after those which that run has seen."""
+    vision_init: Path | None = None
+    """Weights that the image tower starts from, of EVA, EVA-02 or any EVA-CLIP: a file, a folder that holds one, or a
+    run. Projection and logit scale stay fresh, unless --text-init is the same."""
+    text_init: Path | None = None
+    """Weights that the text tower starts from: OpenAI's, OpenCLIP's, Hugging Face's, an EVA-CLIP's, or a run's."""
+    init_resize: Resize = "eva"
+    """How position embedding and patch kernel of another resolution or patch size are resampled: `eva` as EVA-CLIP's
+    published models, `timm` by antialiasing and pseudo-inverse."""
+    vision_init_sha256: str | None = None
+    """SHA-256 of vision_init. The run writes it down; given beforehand, it must be that."""
+    text_init_sha256: str | None = None
+    """SHA-256 of text_init. The run writes it down; given beforehand, it must be that."""
     allow_data_change: bool = False
     """Resume although the shards are not those of the checkpoint."""
     model: ClipShape
@@ -64,6 +77,10 @@ class RunConfig:
     """When the state is saved."""
     log: LogConfig = field(default_factory=LogConfig)
     """What is logged."""
+
+    def __post_init__(self) -> None:
+        if self.start_from is not None and (self.vision_init or self.text_init):
+            raise InputError("--start-from is a whole run: --vision-init and --text-init have nothing left to start")
 
 
 def load_config(run_dir: Path) -> RunConfig:

@@ -4,12 +4,15 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
 from evaclip.errors import InputError
+
+Told = TypeVar("Told")
 
 # Longest that a process waits for the others; an evaluation on the first one takes minutes.
 PATIENCE = timedelta(minutes=60)
@@ -74,6 +77,15 @@ def total_of(number: int) -> int:
     told = torch.tensor([number])
     dist.all_reduce(told)
     return int(told)
+
+
+def from_main(value: Told) -> Told:
+    """What the first process has, in every process."""
+    if world_size() == 1:
+        return value
+    told = [value]
+    dist.broadcast_object_list(told, src=0, device=torch.device("cpu"))
+    return told[0]
 
 
 @contextmanager

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from evaclip import checkpoint
+from evaclip.bootstrap import InitialWeights, as_begun, initial_weights
 from evaclip.config import RunConfig, described, differences, load_config
 from evaclip.data.pipeline import Cursor, LoaderTimes, Stream
 from evaclip.data.shards import ShardSet, changed_shards
-from evaclip.distributed import any_of, is_main, main_first, rank, total_of, world_size
+from evaclip.distributed import any_of, from_main, is_main, main_first, rank, total_of, world_size
 from evaclip.engine import Engine, build_engine
 from evaclip.errors import CheckpointError, DivergedError, InputError
 from evaclip.evals.zero_shot import ZeroShot
@@ -53,14 +54,20 @@ def _train(config: RunConfig) -> Outcome:
         shards = ShardSet(config.data)
     torch.manual_seed(config.seed)
     evaluators = [ZeroShot(part) for part in config.evals.zero_shot]
+    found = checkpoint.newest(config.run_dir / "checkpoints") if config.resume == "auto" else None
+    before = _phase_before(config) if found is None else None
+    initial = None
+    with main_first():
+        if is_main():
+            config, initial = (as_begun(config), None) if found else initial_weights(config)
+    config = from_main(config)
     with config.engine.construction():
         objective = config.objective.build(config.model, config.seed)
-    before = _phase_before(config)
     with main_first():
-        if before is not None and is_main():  # every engine begins with the first process's values
-            objective.student.start_from(before.tensors["model"])
+        if is_main():  # every engine begins with the first process's values
+            _start_from(objective.student, before, initial)
     engine = build_engine(config.engine, objective, config.optim)
-    step, cursor = _resume(config, engine, shards, before)
+    step, cursor = _begin(config, engine, shards, before, found)
     stream = Stream(
         shards,
         cursor,
@@ -199,6 +206,13 @@ def _claim(run_dir: Path, config: RunConfig) -> None:
         )
 
 
+def _start_from(student: Clip, before: checkpoint.Checkpoint | None, initial: InitialWeights | None) -> None:
+    if before is not None:
+        student.start_from(before.tensors["model"])
+    if initial is not None:
+        initial.load(student)
+
+
 def _phase_before(config: RunConfig) -> checkpoint.Checkpoint | None:
     """The newest checkpoint of the run that this one starts from."""
     if config.start_from is None:
@@ -210,12 +224,15 @@ def _phase_before(config: RunConfig) -> checkpoint.Checkpoint | None:
     return found
 
 
-def _resume(
-    config: RunConfig, engine: Engine, shards: ShardSet, before: checkpoint.Checkpoint | None
+def _begin(
+    config: RunConfig,
+    engine: Engine,
+    shards: ShardSet,
+    before: checkpoint.Checkpoint | None,
+    found: checkpoint.Checkpoint | None,
 ) -> tuple[int, Cursor]:
     """Step and data state to start from, and the engine in the state that belongs to them."""
     folder = config.run_dir
-    found = checkpoint.newest(folder / "checkpoints") if config.resume == "auto" else None
     step, cursor = 0, Cursor(shards.fingerprint, config.seed, 0)
     if before is not None:
         seen = Cursor.from_record(before.record["cursor"])

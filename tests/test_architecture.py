@@ -14,9 +14,9 @@ PACKAGE = Path(evaclip.__file__).parent
 ROWS = (
     {"cli"},
     {"quickstart"},
-    {"evaluate", "curate", "doctor", "plan", "export", "search"},
+    {"evaluate", "curate", "doctor", "plan", "export", "search", "convert"},
     {"train"},
-    {"recipes"},
+    {"recipes", "bootstrap"},
     {"config"},
     {"objectives", "evals", "guard"},
     {"encoder"},
