@@ -3,6 +3,7 @@
 import hashlib
 import json
 import pickle
+import zipfile
 from argparse import Namespace
 
 import pytest
@@ -11,6 +12,7 @@ from safetensors.torch import save_file
 
 from evaclip.errors import CheckpointError
 from evaclip.models.weights import read_weights
+from evaclip.models.weights.torchscript import read_torchscript
 from tests.models.layouts import FAMILIES, eva_vision, openai_clip, torchscript
 
 STATE = eva_vision(FAMILIES["eva02"], clip=False)
@@ -87,6 +89,39 @@ def test_code_in_a_pickle_is_refused_and_not_run(tmp_path, monkeypatch, kind):
     assert "\n" not in str(error.value) and not (tmp_path / "ran").exists()
     assert "no pickle of torch's" in str(error.value) or "could run code and was not loaded" in str(error.value)
     assert ("eval" in str(error.value)) == (kind != "bare")
+
+
+def test_torchscript_gives_the_tensors_of_torch_without_its_program(tmp_path, monkeypatch):
+    torch.jit.save(torchscript(openai_clip()), tmp_path / "w")
+    expected = torch.jit.load(tmp_path / "w").state_dict()
+    monkeypatch.setattr(torch.jit, "load", None)
+    found = read_torchscript(tmp_path / "w")
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[k], v) and found[k].dtype == v.dtype for k, v in expected.items())
+
+
+@pytest.mark.parametrize("harm", ["code", "size", "cycle", "nonsense"])
+def test_a_hostile_torchscript_archive_is_refused(tmp_path, monkeypatch, harm):
+    monkeypatch.chdir(tmp_path)
+    torch.jit.save(torchscript(openai_clip()), tmp_path / "w")
+    with zipfile.ZipFile(tmp_path / "w") as before, zipfile.ZipFile(tmp_path / "x", "w") as after:
+        for name in before.namelist():
+            content = before.read(name)
+            if harm == "code" and name.endswith("/data.pkl"):
+                content = pickle.dumps(Code(), protocol=2)
+            if harm in ("cycle", "nonsense") and name.endswith("/data.pkl"):
+                content = (
+                    b"\x80\x02c__torch__\nX\n)\x81q\x00}X\x01\x00\x00\x00ah\x00sb."
+                    if harm == "cycle"
+                    else b"\x80\x02(."
+                )
+            if harm == "size" and "/data/" in name:
+                content = content[:-2]
+            after.writestr(name, content)
+    sentences = {"code": "could run code", "size": "is not .* numbers", "cycle": "no tensors", "nonsense": "damaged"}
+    with pytest.raises(CheckpointError, match=sentences[harm]):
+        read_weights(tmp_path / "x")
+    assert not (tmp_path / "ran").exists()
 
 
 @pytest.mark.parametrize("kind", ["zip", "pickle", "safetensors", "torchscript"])

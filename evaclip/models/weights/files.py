@@ -1,7 +1,7 @@
 """Reading the tensors of any checkpoint: by what a file holds, never by what it is called, and never by running it.
 
-A pickle is read through torch's weights-only reader, which builds tensors and refuses everything else, TorchScript
-through torch.jit. Tensors stay in the type that they were saved in.
+A pickle is read through torch's weights-only reader, which builds tensors and refuses everything else; of TorchScript
+the tensors are read and the program is not. Tensors stay in the type that they were saved in.
 """
 
 import hashlib
@@ -9,7 +9,7 @@ import json
 import warnings
 import zipfile
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
@@ -23,6 +23,7 @@ from torch import Tensor
 from evaclip.errors import CheckpointError, near_path
 from evaclip.models.shapes import Activation
 from evaclip.models.weights.names import Named, canonical
+from evaclip.models.weights.torchscript import read_torchscript
 
 # What a folder may call its weights, in the order in which they are looked for.
 IN_A_FOLDER = (
@@ -90,9 +91,10 @@ def _tensors(path: Path) -> tuple[dict[str, Tensor], list[Path], bool]:
         if start[:4] == b"PK\x03\x04":
             with zipfile.ZipFile(path) as archive:
                 scripted = any(name.endswith("/constants.pkl") for name in archive.namelist())
-            return (_scripted(path) if scripted else _unwrapped(_pickled(path), path)), [path], scripted
+            found = _pickled(path, read_torchscript if scripted else _read_pickle)
+            return _unwrapped(found, path), [path], scripted
         if start[:1] == b"\x80":
-            return _unwrapped(_pickled(path), path), [path], False
+            return _unwrapped(_pickled(path, _read_pickle), path), [path], False
         if start[8:9] == b"{" and 2 <= int.from_bytes(start[:8], "little") <= LARGEST_HEADER:
             return _unwrapped(load_file(path), path), [path], False
         if start.lstrip()[:1] == b"{":
@@ -104,11 +106,16 @@ def _tensors(path: Path) -> tuple[dict[str, Tensor], list[Path], bool]:
     raise CheckpointError(f"{path} is no checkpoint: neither safetensors, nor torch's, nor TorchScript, nor an index")
 
 
-def _pickled(path: Path) -> Any:
-    try:  # BEiT's and EVA's trainers save their arguments beside the tensors; a Namespace has nothing to run
-        with torch.serialization.safe_globals([Namespace]), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of a pickle that torch did not write
-            return torch.load(path, map_location="cpu", weights_only=True)
+def _read_pickle(path: Path) -> Any:
+    # BEiT's and EVA's trainers save their arguments beside the tensors; a Namespace has nothing to run.
+    with torch.serialization.safe_globals([Namespace]), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of a pickle that torch did not write
+        return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def _pickled(path: Path, read: Callable[[Path], Any]) -> Any:
+    try:
+        return read(path)
     except UnpicklingError as error:
         reason = next((line.strip() for line in str(error).splitlines() if "GLOBAL" in line), "")
         if not reason:
@@ -117,12 +124,6 @@ def _pickled(path: Path) -> Any:
             f"{path} holds Python objects that could run code and was not loaded ({reason.split('. ')[0]}); "
             "ask its author for safetensors"
         ) from None
-
-
-def _scripted(path: Path) -> dict[str, Tensor]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch recommends another format to its authors
-        return {name: value.detach() for name, value in torch.jit.load(path, map_location="cpu").state_dict().items()}
 
 
 def _unwrapped(found: Any, path: Path) -> dict[str, Tensor]:

@@ -141,11 +141,11 @@ def _into(
     fits = value.ndim == place.ndim and value.shape[0] == place.shape[0]
     if name == POSITION and fits and value.shape[2] == place.shape[2]:
         try:
-            new = resized_position(value, shape.image_size // shape.patch_size, resize)
+            new = resized_position(value.float(), shape.image_size // shape.patch_size, resize)
         except ValueError as error:
             raise CheckpointError(f"{other}, and {error}") from None
     elif name == KERNEL and fits and value.shape[1] == place.shape[1] and value.shape[2] == value.shape[3]:
-        new = resized_kernel(value, shape.patch_size, resize)
+        new = resized_kernel(value.float(), shape.patch_size, resize)
     else:
         raise CheckpointError(f"{other}: the weights are of another width or kind")
     return new, Entry(name=name, fate="resized", detail=f"{list(value.shape)} -> {list(new.shape)}, {resize}")

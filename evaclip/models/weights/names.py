@@ -46,6 +46,7 @@ _OPENAI_SIZES = ("input_resolution", "context_length", "vocab_size")
 _ASIDE = {
     "rope": "rotary table, which follows from the shape",
     "lm_head": "head of masked image modelling",
+    "attn_mask": "causal mask, which follows from the shape",
     "mask_token": "mask token of masked image modelling",
 }
 
