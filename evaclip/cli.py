@@ -67,7 +67,14 @@ def train(arguments: list[str]) -> int:
     phases = list(itertools.takewhile(lambda word: not word.startswith("-"), arguments))
     rest = arguments[len(phases) :]
     configs = [
-        tyro.cli(RunConfig, default=recipe(), args=rest, prog=f"evaclip train {name}", description=recipe.__doc__)
+        tyro.cli(
+            RunConfig,
+            default=recipe(),
+            args=rest,
+            prog=f"evaclip train {name}",
+            description=recipe.__doc__,
+            config=(tyro.conf.AvoidSubcommands,),
+        )
         for name, recipe in ((name, recipe_named(name)) for name in phases)
     ]
     with joined():
@@ -121,7 +128,13 @@ def plan(arguments: list[str]) -> None:
     def planned(command: tyro.conf.OmitArgPrefixes[PlanCommand], run: RunConfig = config) -> None:
         run_plan(run, command)
 
-    tyro.cli(planned, args=arguments[1:], prog=f"evaclip plan {arguments[0]}", description=PlanCommand.__doc__)
+    tyro.cli(
+        planned,
+        args=arguments[1:],
+        prog=f"evaclip plan {arguments[0]}",
+        description=PlanCommand.__doc__,
+        config=(tyro.conf.AvoidSubcommands,),
+    )
 
 
 def command(name: str, module: str, kind: str, function: str) -> Callable[[list[str]], int | None]:

@@ -14,6 +14,7 @@ from evaclip.log import LogConfig
 from evaclip.models.shapes import ClipShape
 from evaclip.models.weights.resize import Resize
 from evaclip.objectives.clip import ClipConfig
+from evaclip.objectives.mim import MimConfig
 from evaclip.optim import OptimConfig
 from evaclip.records import structured
 
@@ -65,7 +66,7 @@ class RunConfig:
     """The towers."""
     data: DataConfig
     """The pairs."""
-    objective: ClipConfig = field(default_factory=ClipConfig)
+    objective: ClipConfig | MimConfig = field(default_factory=ClipConfig)
     """What is optimised."""
     optim: OptimConfig = field(default_factory=OptimConfig)
     """How it is optimised."""
@@ -81,6 +82,11 @@ class RunConfig:
     def __post_init__(self) -> None:
         if self.start_from is not None and (self.vision_init or self.text_init):
             raise InputError("--start-from is a whole run: --vision-init and --text-init have nothing left to start")
+        if isinstance(self.objective, MimConfig):
+            if self.start_from or self.vision_init or self.text_init:
+                raise InputError("masked image modelling starts from random: it takes no weights to start from")
+            if self.evals.zero_shot:
+                raise InputError("masked image modelling has no text tower to score zero-shot with")
 
 
 def load_config(run_dir: Path) -> RunConfig:
@@ -92,6 +98,8 @@ def load_config(run_dir: Path) -> RunConfig:
         record = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{run_dir} is not the folder of a run: {error}") from None
+    if isinstance(record, dict) and isinstance(record.get("objective"), dict):
+        record["objective"].setdefault("kind", "clip")  # the only one when older runs were written
     return structured(record, RunConfig, path)
 
 

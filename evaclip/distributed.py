@@ -8,6 +8,7 @@ from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from evaclip.errors import InputError
@@ -77,6 +78,15 @@ def total_of(number: int) -> int:
     told = torch.tensor([number])
     dist.all_reduce(told)
     return int(told)
+
+
+def mean_over_processes(value: Tensor) -> Tensor:
+    """A number that each process has of its own part of the batch, as that of the whole; without gradient."""
+    if world_size() == 1:
+        return value.detach()
+    told = value.detach().clone()
+    dist.all_reduce(told)
+    return told / world_size()
 
 
 def from_main(value: Told) -> Told:

@@ -6,9 +6,10 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from evaclip import checkpoint
 from evaclip.bootstrap import InitialWeights, as_begun, initial_weights
@@ -22,10 +23,13 @@ from evaclip.evals.zero_shot import ZeroShot
 from evaclip.guard.signals import StopRequest
 from evaclip.log import RunLog, quiet, say
 from evaclip.models.clip import Clip
+from evaclip.objectives.clip import ClipConfig
 from evaclip.optim import set_learning_rates, warmup_cosine
 from evaclip.records import unstructured
 from evaclip.report.run import write_run_report
 
+# What a line of progress shows of the numbers that an objective has, and how it calls them.
+SHOWN = {"loss": "loss", "i2t": "accuracy/image_to_text", "scale": "logit_scale", "images/s": "images_per_second"}
 # Consecutive steps without a finite gradient after which the run gives up.
 MOST_SKIPPED = 20
 # Share of a step spent waiting for data from which the user hears about it.
@@ -161,12 +165,7 @@ class Meter:
         values["data_wait_share"] = (self.times.wait - self._waited) / seconds
         self._since, self._waited, self._count = now, self.times.wait, 0
         self.log.scalars(step, values)
-        shown = {
-            "loss": values["loss"],
-            "i2t": values["accuracy/image_to_text"],
-            "scale": values["logit_scale"],
-            "images/s": values["images_per_second"],
-        }
+        shown = {short: values[name] for short, name in SHOWN.items() if name in values}
         self.log.line(step, shown | self.noted)
         self._warn(step, values)
 
@@ -179,6 +178,8 @@ class Meter:
                 f"starved for data: {values['data_wait_share']:.0%} of the time is waiting; {share:.0%} of the "
                 f"workers' time is {stage}. More of them help, --data.workers (now {self.config.data.workers})",
             )
+        if not isinstance(self.config.objective, ClipConfig):  # only a contrastive loss knows what chance is
+            return
         self._losses = [*self._losses[-9:], values["loss"]]
         chance = math.log(self.config.batch_size)
         stuck = len(self._losses) == 10 and all(abs(loss - chance) < 0.02 for loss in self._losses)
@@ -206,7 +207,7 @@ def _claim(run_dir: Path, config: RunConfig) -> None:
         )
 
 
-def _start_from(student: Clip, before: checkpoint.Checkpoint | None, initial: InitialWeights | None) -> None:
+def _start_from(student: Any, before: checkpoint.Checkpoint | None, initial: InitialWeights | None) -> None:
     if before is not None:
         student.start_from(before.tensors["model"])
     if initial is not None:
@@ -273,16 +274,19 @@ def _save(config: RunConfig, step: int, engine: Engine, cursor: Cursor) -> int:
     return step
 
 
-def _introduce(config: RunConfig, shards: ShardSet, model: Clip, step: int) -> None:
+def _introduce(config: RunConfig, shards: ShardSet, model: nn.Module, step: int) -> None:
     """Say what will run, with the numbers that follow from the configuration."""
     vision = config.model.vision
-    kept = max(1, int(vision.patches * (1 - config.objective.mask_ratio)))
-    counts = {part: sum(p.numel() for p in getattr(model, part).parameters()) / 1e6 for part in ("visual", "text")}
+    towers = {"visual": "image tower", "text": "text tower"}
+    counts = [
+        f"{sum(p.numel() for p in module.parameters()) / 1e6:.2f}M {towers[part]}"
+        for part, module in model.named_children()
+        if part in towers
+    ]
     seen = config.steps * config.batch_size
     for line in (
         *described(config),
-        f"model: {counts['visual']:.2f}M image tower + {counts['text']:.2f}M text tower, {kept} of {vision.patches} "
-        "patches seen in training",
+        f"model: {' + '.join(counts)}, {config.objective.seen(vision.patches)}",
         f"data: {len(shards):,} pairs in {sum(map(len, shards.heads)):,} shards, fingerprint {shards.fingerprint[:12]}",
         f"run: {config.steps:,} steps x {config.batch_size:,} = {seen:,} pairs, {seen / len(shards):.3g} epochs; "
         f"warm-up {config.optim.warmup:,} steps; from step {step:,} on "
