@@ -20,6 +20,7 @@ USAGE = """evaclip: train CLIP models bootstrapped from EVA, and score them zero
   evaclip data caption RECIPE ...            a labelled data set as image-text shards
   evaclip data plan RECIPE                   links, images, disk, hours and cost of a public set, before it is fetched
   evaclip data download RECIPE               its lists of links, downloaded to shards; goes on where it was stopped
+  evaclip convert SRC DST --to LAYOUT        weights from any layout to open_clip's, timm's or EVA's
   evaclip doctor                             versions, devices, attention kernels, what is missing
 
 Each verb explains its fields with --help.
@@ -68,7 +69,14 @@ def train(arguments: list[str]) -> int:
     phases = list(itertools.takewhile(lambda word: not word.startswith("-"), arguments))
     rest = arguments[len(phases) :]
     configs = [
-        tyro.cli(RunConfig, default=recipe(), args=rest, prog=f"evaclip train {name}", description=recipe.__doc__)
+        tyro.cli(
+            RunConfig,
+            default=recipe(),
+            args=rest,
+            prog=f"evaclip train {name}",
+            description=recipe.__doc__,
+            config=(tyro.conf.AvoidSubcommands,),
+        )
         for name, recipe in ((name, recipe_named(name)) for name in phases)
     ]
     with joined():
@@ -122,7 +130,13 @@ def plan(arguments: list[str]) -> None:
     def planned(command: tyro.conf.OmitArgPrefixes[PlanCommand], run: RunConfig = config) -> None:
         run_plan(run, command)
 
-    tyro.cli(planned, args=arguments[1:], prog=f"evaclip plan {arguments[0]}", description=PlanCommand.__doc__)
+    tyro.cli(
+        planned,
+        args=arguments[1:],
+        prog=f"evaclip plan {arguments[0]}",
+        description=PlanCommand.__doc__,
+        config=(tyro.conf.AvoidSubcommands,),
+    )
 
 
 def command(name: str, module: str, kind: str, function: str) -> Callable[[list[str]], int | None]:
@@ -167,6 +181,7 @@ VERBS: dict[str, Callable[[list[str]], int | None]] = {
     "plan": plan,
     "train": train,
     "zeroshot": command("zeroshot", "evaclip.evaluate", "ZeroShotCommand", "run_zero_shot"),
+    "convert": command("convert", "evaclip.convert", "ConvertCommand", "run_convert"),
     "data": data,
     "doctor": doctor,
 }

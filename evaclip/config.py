@@ -8,12 +8,14 @@ from typing import Any, Literal
 from evaclip.checkpoint import CheckpointConfig
 from evaclip.data.shards import DataConfig
 from evaclip.engine import EngineConfig
-from evaclip.errors import CheckpointError, near_path
+from evaclip.errors import CheckpointError, InputError, near_path
 from evaclip.evals.zero_shot import ZeroShotConfig
 from evaclip.guard.health import GuardConfig
 from evaclip.log import LogConfig
 from evaclip.models.shapes import ClipShape
+from evaclip.models.weights.resize import Resize
 from evaclip.objectives.clip import ClipConfig
+from evaclip.objectives.mim import MimConfig
 from evaclip.optim import OptimConfig
 from evaclip.records import structured
 
@@ -47,13 +49,25 @@ class RunConfig:
     start_from: Path | None = None
     """Run whose weights this one starts from, as its next phase: another masking, another resolution. On the same data
     and seed it goes on with the pairs that come after those which that run has seen."""
+    vision_init: Path | None = None
+    """Weights that the image tower starts from, of EVA, EVA-02 or any EVA-CLIP: a file, a folder that holds one, or a
+    run. Projection and logit scale stay fresh, unless --text-init is the same."""
+    text_init: Path | None = None
+    """Weights that the text tower starts from: OpenAI's, OpenCLIP's, Hugging Face's, an EVA-CLIP's, or a run's."""
+    init_resize: Resize = "eva"
+    """How position embedding and patch kernel of another resolution or patch size are resampled: `eva` as EVA-CLIP's
+    published models, `timm` by antialiasing and pseudo-inverse."""
+    vision_init_sha256: str | None = None
+    """SHA-256 of vision_init. The run writes it down; given beforehand, it must be that."""
+    text_init_sha256: str | None = None
+    """SHA-256 of text_init. The run writes it down; given beforehand, it must be that."""
     allow_data_change: bool = False
     """Resume although the shards are not those of the checkpoint."""
     model: ClipShape
     """The towers."""
     data: DataConfig
     """The pairs."""
-    objective: ClipConfig = field(default_factory=ClipConfig)
+    objective: ClipConfig | MimConfig = field(default_factory=ClipConfig)
     """What is optimised."""
     optim: OptimConfig = field(default_factory=OptimConfig)
     """How it is optimised."""
@@ -68,6 +82,15 @@ class RunConfig:
     log: LogConfig = field(default_factory=LogConfig)
     """What is logged."""
 
+    def __post_init__(self) -> None:
+        if self.start_from is not None and (self.vision_init or self.text_init):
+            raise InputError("--start-from is a whole run: --vision-init and --text-init have nothing left to start")
+        if isinstance(self.objective, MimConfig):
+            if self.start_from or self.vision_init or self.text_init:
+                raise InputError("masked image modelling starts from random: it takes no weights to start from")
+            if self.evals.zero_shot:
+                raise InputError("masked image modelling has no text tower to score zero-shot with")
+
 
 def load_config(run_dir: Path) -> RunConfig:
     """The configuration of a run from its folder. Raises CheckpointError if it is no run."""
@@ -78,6 +101,8 @@ def load_config(run_dir: Path) -> RunConfig:
         record = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{run_dir} is not the folder of a run: {error}") from None
+    if isinstance(record, dict) and isinstance(record.get("objective"), dict):
+        record["objective"].setdefault("kind", "clip")  # the only one when older runs were written
     return structured(record, RunConfig, path)
 
 

@@ -4,12 +4,16 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from evaclip.errors import InputError
+
+Told = TypeVar("Told")
 
 # Longest that a process waits for the others; an evaluation on the first one takes minutes.
 PATIENCE = timedelta(minutes=60)
@@ -76,15 +80,6 @@ def total_of(number: int) -> int:
     return int(told)
 
 
-def first_says(number: int) -> int:
-    """The first process's number, in all of them."""
-    if world_size() == 1:
-        return number
-    told = torch.tensor([number])
-    dist.broadcast(told, 0)
-    return int(told)
-
-
 def gathered(number: float) -> list[float]:
     """Every process's number, by rank."""
     if world_size() == 1:
@@ -93,6 +88,24 @@ def gathered(number: float) -> list[float]:
     told[rank()] = number
     dist.all_reduce(told)
     return told.tolist()
+
+
+def mean_over_processes(value: Tensor) -> Tensor:
+    """A number that each process has of its own part of the batch, as that of the whole; without gradient."""
+    if world_size() == 1:
+        return value.detach()
+    told = value.detach().clone()
+    dist.all_reduce(told)
+    return told / world_size()
+
+
+def from_main(value: Told) -> Told:
+    """What the first process has, in every process."""
+    if world_size() == 1:
+        return value
+    told = [value]
+    dist.broadcast_object_list(told, src=0, device=torch.device("cpu"))
+    return told[0]
 
 
 @contextmanager

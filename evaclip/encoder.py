@@ -5,8 +5,9 @@ so each of them works with a run of ours, an exported folder, and any model of o
 """
 
 import json
+import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,11 @@ from evaclip import checkpoint
 from evaclip.data.tokenizer import clip_tokenizer, cut_to_longest
 from evaclip.data.transforms import MEAN, STD, evaluation_pixels
 from evaclip.errors import CheckpointError, InputError, near_path
+from evaclip.log import say
 from evaclip.models.clip import Clip
-from evaclip.models.shapes import ClipShape
+from evaclip.models.shapes import SHAPES, ClipShape
+from evaclip.models.weights import Weights, as_layout, load_whole, read_weights
+from evaclip.models.weights.plain import plain_clip, published_shape
 from evaclip.openclip import create_model, get_tokenizer, list_pretrained_tags_by_model
 from evaclip.records import structured
 
@@ -91,18 +95,23 @@ class Encoder:
 
 
 def load_encoder(source: str | Path, device: torch.device | str = "cpu") -> Encoder:
-    """A model by the folder of a run, the folder of an export, or an open_clip name.
+    """A model by the folder of a run, the folder of an export, a file of weights, or an open_clip name.
 
-    `source`: a run's folder (its newest whole checkpoint); a folder with `open_clip_config.json`; `NAME:TAG` or `NAME`
-    of open_clip, with random weights only where TAG is the word `random`; `hf-hub:ORGANISATION/NAME`. Raises
-    CheckpointError or InputError with one sentence.
+    `source`: a run's folder (its newest whole checkpoint); a folder with `open_clip_config.json`; Hugging Face's folder
+    of a CLIPModel; a file of weights, `FILE` of a published EVA-CLIP or of OpenAI's, and `NAME:FILE` with the name of a
+    shape of ours or a model of open_clip's; `NAME:TAG` or `NAME` of open_clip, with random weights only where TAG is
+    the word `random`; `hf-hub:ORGANISATION/NAME`. Raises CheckpointError or InputError with one sentence.
     """
     folder, device = Path(source), torch.device(device)
     if (folder / "open_clip_config.json").is_file():
         return _from_open_clip(f"local-dir:{folder}", None, device)
+    if folder.is_file() or _is_hugging_face(folder):
+        return _from_weights(read_weights(folder), device)
     if folder.is_dir():
         return _from_run(folder, device)
     name, _, tag = str(source).partition(":")
+    if name != "hf-hub" and Path(tag).is_file():
+        return _from_named_weights(name, read_weights(Path(tag)), device)
     if name == "hf-hub":
         return _from_open_clip(str(source), None, device)
     if "/" in str(source) or str(source).startswith("."):
@@ -142,6 +151,76 @@ def encoder_of(model: Clip, origin: dict[str, str]) -> Encoder:
         device=model.logit_scale.device,
         origin=origin,
     )
+
+
+def _is_hugging_face(folder: Path) -> bool:
+    try:
+        config = json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError):
+        return False
+    return isinstance(config, dict) and config.get("model_type") == "clip"
+
+
+def _from_weights(weights: Weights, device: torch.device) -> Encoder:
+    """A model whose weights say everything about it."""
+    if not weights.named.plain:
+        return _from_named_weights(published_shape(weights).name, weights, device)
+    if weights.activation is None:
+        raise InputError(
+            f"{weights.path} does not say whether it was trained with GELU or QuickGELU: put open_clip's name of the "
+            "model before it, as in ViT-B-32-quickgelu:FILE"
+        )
+    model = plain_clip(weights, weights.activation)
+    side = weights.named.tensors["visual.positional_embedding"].shape[0] - 1
+    patch = weights.named.tensors["visual.conv1.weight"].shape[-1]
+    context = len(weights.named.tensors["text.positional_embedding"])
+    tokenizer = clip_tokenizer(context)
+    return Encoder(
+        name=weights.path.stem,
+        model=model.to(device),
+        preprocessing=_described_preprocessing(weights.path, math.isqrt(side) * patch),
+        tokenizer=lambda captions: tokenizer(captions).long(),
+        device=device,
+        origin=_origin(weights),
+    )
+
+
+def _from_named_weights(name: str, weights: Weights, device: torch.device) -> Encoder:
+    """A file's weights in a shape of ours, or in a model of open_clip's."""
+    if name in SHAPES:
+        model = Clip(SHAPES[name])
+        report = load_whole(model, weights)
+        if report.count("resized") or report.count("renewed"):
+            for line in report.lines():
+                say(line)
+        return encoder_of(model.eval().to(device), {"name": name} | _origin(weights))
+    encoder = _from_open_clip(name, "random", device)
+    state, _ = as_layout(weights.named, "open_clip")
+    try:
+        encoder.model.load_state_dict(state)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())
+        raise CheckpointError(f"the weights in {weights.path} are not of {name}: {reason[:200]}") from None
+    return replace(encoder, origin={"name": name} | _origin(weights))
+
+
+def _origin(weights: Weights) -> dict[str, str]:
+    return {"weights": str(weights.path), "sha256": weights.sha256, "layout": weights.named.layout}
+
+
+def _described_preprocessing(folder: Path, size: int) -> Preprocessing:
+    """What Hugging Face's preprocessor_config.json says, OpenAI's own where there is none."""
+    path = folder / "preprocessor_config.json"
+    if not path.is_file():
+        return Preprocessing(size=size)
+    try:
+        found = json.loads(path.read_text())
+        mean, std = (tuple(float(value) for value in found[name]) for name in ("image_mean", "image_std"))
+        filter = Image.Resampling(found.get("resample", Image.Resampling.BICUBIC)).name.lower()
+        (a, b, c), (d, e, f) = mean, std
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path} does not describe how images are prepared: {error!r}") from None
+    return Preprocessing(size=size, mean=(a, b, c), std=(d, e, f), interpolation=filter)
 
 
 def _only_tag(name: str) -> str:

@@ -11,8 +11,11 @@ from evaclip.config import RunConfig
 from evaclip.data.pipeline import LoaderTimes
 from evaclip.distributed import gathered, world_size
 from evaclip.log import RunLog
+from evaclip.objectives.clip import ClipConfig
 from evaclip.optim import warmup_cosine
 
+# What a line of progress shows of the numbers that an objective has, and how it calls them.
+SHOWN = {"loss": "loss", "i2t": "accuracy/image_to_text", "scale": "logit_scale", "images/s": "images_per_second"}
 # Share of a step spent waiting for data from which the user hears about it.
 STARVED = 0.2
 
@@ -55,12 +58,7 @@ class Meter:
         self._since, self._waited, self._count = now, self.times.wait, 0
         self._name_straggler(step, values["data_wait_share"])
         self.log.scalars(step, values)
-        shown = {
-            "loss": values["loss"],
-            "i2t": values["accuracy/image_to_text"],
-            "scale": values["logit_scale"],
-            "images/s": values["images_per_second"],
-        }
+        shown = {short: values[name] for short, name in SHOWN.items() if name in values}
         self.log.line(step, shown | self.noted)
         self._warn(step, values)
 
@@ -86,6 +84,8 @@ class Meter:
                 f"starved for data: {values['data_wait_share']:.0%} of the time is waiting; {share:.0%} of the "
                 f"workers' time is {stage}. More of them help, --data.workers (now {self.config.data.workers})",
             )
+        if not isinstance(self.config.objective, ClipConfig):  # only a contrastive loss knows what chance is
+            return
         self._losses = [*self._losses[-9:], values["loss"]]
         chance = math.log(self.config.batch_size)
         stuck = len(self._losses) == 10 and all(abs(loss - chance) < 0.02 for loss in self._losses)

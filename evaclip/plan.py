@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from evaclip.config import RunConfig
 from evaclip.errors import InputError
 from evaclip.models.clip import Clip
+from evaclip.objectives.clip import ClipConfig
 
 # Samples whose activations and arithmetic are counted; everything but the loss grows in proportion.
 COUNTED = 2
@@ -60,7 +61,9 @@ class Plan:
 
 
 def plan(config: RunConfig, command: PlanCommand) -> Plan:
-    """Count it. Raises InputError when the batch does not divide."""
+    """Count it. Raises InputError when the batch does not divide, or the run is not contrastive."""
+    if not isinstance(config.objective, ClipConfig):
+        raise InputError(f"evaclip plan counts contrastive runs, and {config.name} has no captions")
     local, rest = divmod(config.batch_size, command.gpus)
     if rest or local % config.engine.micro_batches:
         raise InputError(
@@ -98,20 +101,21 @@ def plan(config: RunConfig, command: PlanCommand) -> Plan:
 
 def _towers(model: Clip, config: RunConfig, caption_tokens: int) -> tuple[float, float, float]:
     """Per sample: FLOPs forward and backward, bytes kept for the backward pass, FLOPs that checkpointing repeats."""
-    vision = config.model.vision
+    vision, objective = config.model.vision, config.objective
+    assert isinstance(objective, ClipConfig)
     dtype = torch.float32 if config.engine.precision == "fp32" else torch.bfloat16
     model = model.to(dtype)
     images = torch.zeros(COUNTED, 3, vision.image_size, vision.image_size, device="meta", dtype=dtype)
     tokens = torch.zeros(COUNTED, min(caption_tokens, config.model.text.context), device="meta", dtype=torch.int64)
-    patches = max(1, int(vision.patches * (1 - config.objective.mask_ratio)))
-    keep = torch.zeros(COUNTED, patches, device="meta", dtype=torch.int64) if config.objective.mask_ratio else None
+    patches = max(1, int(vision.patches * (1 - objective.mask_ratio)))
+    keep = torch.zeros(COUNTED, patches, device="meta", dtype=torch.int64) if objective.mask_ratio else None
     passes: list[Callable[[], Tensor]] = [
         lambda: model.encode_image(images, keep=keep),
         lambda: model.encode_text(tokens),
     ]
     forward, kept = 0.0, 0.0
     for encode in passes:
-        model.set_checkpointing(config.objective.checkpointing)
+        model.set_checkpointing(objective.checkpointing)
         storages: dict[int, int] = {}
 
         def seen(tensor: Tensor, storages: dict[int, int] = storages) -> Tensor:
@@ -128,7 +132,7 @@ def _towers(model: Clip, config: RunConfig, caption_tokens: int) -> tuple[float,
         with counter:
             encode()
         forward += counter.get_total_flops()
-    repeated = forward / COUNTED if config.objective.checkpointing else 0.0
+    repeated = forward / COUNTED if objective.checkpointing else 0.0
     return 3 * forward / COUNTED, kept / COUNTED, repeated
 
 

@@ -3,12 +3,14 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from evaclip import checkpoint
+from evaclip.bootstrap import InitialWeights
 from evaclip.config import RunConfig, differences, load_config
 from evaclip.data.pipeline import Cursor
 from evaclip.data.shards import ShardSet, changed_shards
-from evaclip.distributed import first_says, is_main, main_first, total_of
+from evaclip.distributed import from_main, is_main, main_first, total_of
 from evaclip.engine import Engine
 from evaclip.errors import CheckpointError, InputError
 from evaclip.log import say
@@ -41,12 +43,26 @@ def phase_before(config: RunConfig) -> checkpoint.Checkpoint | None:
     return found
 
 
+def start_from(student: Any, before: checkpoint.Checkpoint | None, initial: InitialWeights | None) -> None:
+    """Give a fresh model the weights of the phase before, or those that its towers are to begin with."""
+    if before is not None:
+        student.start_from(before.tensors["model"])
+    if initial is not None:
+        initial.load(student)
+
+
 def resume(
-    config: RunConfig, engine: Engine, shards: ShardSet, before: checkpoint.Checkpoint | None
+    config: RunConfig,
+    engine: Engine,
+    shards: ShardSet,
+    before: checkpoint.Checkpoint | None,
+    found: checkpoint.Checkpoint | None,
 ) -> tuple[int, Cursor]:
-    """Step and data state to start from, and the engine in the state that belongs to them."""
+    """Step and data state to start from, and the engine in the state that belongs to them.
+
+    `before`: the end of the phase before. `found`: the newest checkpoint of the run itself.
+    """
     folder = config.run_dir
-    found = newest_of_all(folder / "checkpoints") if config.resume == "auto" else None
     step, cursor = 0, Cursor(shards.fingerprint, config.seed, 0)
     if before is not None:
         seen = Cursor.from_record(before.record["cursor"])
@@ -78,8 +94,8 @@ def newest_of_all(folder: Path) -> checkpoint.Checkpoint | None:
     with main_first():
         if is_main():
             found = checkpoint.newest(folder)
-    step = first_says(-1 if found is None else found.step)
-    return found if is_main() or step < 0 else checkpoint.of_step(folder, step)
+    step = from_main(None if found is None else found.step)
+    return found if is_main() or step is None else checkpoint.of_step(folder, step)
 
 
 def taken_up(engine: Engine, found: checkpoint.Checkpoint, cursor: Cursor) -> tuple[int, Cursor]:

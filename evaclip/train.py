@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from evaclip import checkpoint
+from evaclip.bootstrap import as_begun, initial_weights
 from evaclip.config import RunConfig, described
 from evaclip.data.pipeline import Cursor, Stream
 from evaclip.data.shards import ShardSet
-from evaclip.distributed import any_of, is_main, main_first, rank, world_size
+from evaclip.distributed import any_of, from_main, is_main, main_first, rank, world_size
 from evaclip.engine import Engine, build_engine
 from evaclip.errors import DivergedError
 from evaclip.evals.zero_shot import ZeroShot
@@ -26,7 +28,7 @@ from evaclip.models.clip import Clip
 from evaclip.optim import set_learning_rates
 from evaclip.records import unstructured
 from evaclip.report.run import write_run_report
-from evaclip.resume import claim, gone_back, phase_before, resume, save
+from evaclip.resume import claim, gone_back, newest_of_all, phase_before, resume, save, start_from
 
 
 @dataclass(frozen=True)
@@ -51,14 +53,20 @@ def _train(config: RunConfig) -> Outcome:
         shards = ShardSet(config.data)
     torch.manual_seed(config.seed)
     evaluators = [ZeroShot(part) for part in config.evals.zero_shot]
+    found = newest_of_all(config.run_dir / "checkpoints") if config.resume == "auto" else None
+    before = phase_before(config) if found is None else None
+    initial = None
+    with main_first():
+        if is_main():
+            config, initial = (as_begun(config), None) if found else initial_weights(config)
+    config = from_main(config)
     with config.engine.construction():
         objective = config.objective.build(config.model, config.seed)
-    before = phase_before(config)
     with main_first():
-        if before is not None and is_main():  # every engine begins with the first process's values
-            objective.student.start_from(before.tensors["model"])
+        if is_main():  # every engine begins with the first process's values
+            start_from(objective.student, before, initial)
     engine = build_engine(config.engine, objective, config.optim)
-    step, cursor = resume(config, engine, shards, before)
+    step, cursor = resume(config, engine, shards, before, found)
     stream = _stream(config, engine, shards, cursor)
     # Only now is everything known to fit: what fails above leaves no run behind.
     if is_main():
@@ -186,16 +194,19 @@ def evaluate(evaluators: list[ZeroShot], engine: Engine, run_dir: Path, step: in
     return found
 
 
-def _introduce(config: RunConfig, shards: ShardSet, model: Clip, step: int) -> None:
+def _introduce(config: RunConfig, shards: ShardSet, model: nn.Module, step: int) -> None:
     """Say what will run, with the numbers that follow from the configuration."""
     vision = config.model.vision
-    kept = max(1, int(vision.patches * (1 - config.objective.mask_ratio)))
-    counts = {part: sum(p.numel() for p in getattr(model, part).parameters()) / 1e6 for part in ("visual", "text")}
+    towers = {"visual": "image tower", "text": "text tower"}
+    counts = [
+        f"{sum(p.numel() for p in module.parameters()) / 1e6:.2f}M {towers[part]}"
+        for part, module in model.named_children()
+        if part in towers
+    ]
     seen = config.steps * config.batch_size
     for line in (
         *described(config),
-        f"model: {counts['visual']:.2f}M image tower + {counts['text']:.2f}M text tower, {kept} of {vision.patches} "
-        "patches seen in training",
+        f"model: {' + '.join(counts)}, {config.objective.seen(vision.patches)}",
         f"data: {len(shards):,} pairs in {sum(map(len, shards.heads)):,} shards, fingerprint {shards.fingerprint[:12]}",
         f"run: {config.steps:,} steps x {config.batch_size:,} = {seen:,} pairs, {seen / len(shards):.3g} epochs; "
         f"warm-up {config.optim.warmup:,} steps; from step {step:,} on "

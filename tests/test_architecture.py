@@ -14,10 +14,10 @@ PACKAGE = Path(evaclip.__file__).parent
 ROWS = (
     {"cli"},
     {"quickstart"},
-    {"evaluate", "curate", "doctor", "plan", "export", "search"},
+    {"evaluate", "curate", "doctor", "plan", "export", "search", "convert"},
     {"train"},
     {"meter", "resume"},
-    {"recipes"},
+    {"recipes", "bootstrap"},
     {"config"},
     {"objectives", "evals", "guard"},
     {"encoder"},

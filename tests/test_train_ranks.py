@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import torch.distributed as dist
 
 from evaclip.config import RunConfig
@@ -13,6 +14,7 @@ from evaclip.engine import EngineConfig
 from evaclip.guard.health import GuardConfig
 from evaclip.objectives.clip import ClipConfig, ClipObjective
 from evaclip.train import train
+from tests.models.layouts import FAMILIES, eva_vision, openai_clip, shape_of, text_tower, torchscript
 from tests.ranks import in_ranks
 from tests.test_faults import poisoned
 from tests.test_train import final, losses, tiny_run
@@ -109,3 +111,20 @@ def failing(folder: Path, shards: Path) -> str:
     except InputError as error:
         return str(error)
     return ""
+
+
+def test_ranks_start_from_weights_that_the_first_reads(tmp_path, shards):
+    """FSDP2, whose other ranks hold no values of their own, and an activation that only the file knows."""
+    shape = shape_of(FAMILIES["eva02"])
+    torch.save(eva_vision(FAMILIES["eva02"], clip=False), tmp_path / "mim.pt")
+    torch.jit.save(torchscript(openai_clip() | text_tower()), tmp_path / "text.pt")
+    started = {"model": shape, "vision_init": tmp_path / "mim.pt", "text_init": tmp_path / "text.pt", "steps": 3}
+    folder = shards()
+    train(exact_run(tmp_path / "alone", folder, **started))
+    in_ranks(2, starting, tmp_path / "fsdp2", folder, started)
+    assert losses(tmp_path / "fsdp2") == pytest.approx(losses(tmp_path / "alone"), rel=5e-5)
+
+
+def starting(folder: Path, shards: Path, started: dict) -> None:
+    engine = EngineConfig(precision="fp32", device="cpu", kind="fsdp2")
+    train(exact_run(folder, shards, engine=engine, **started))

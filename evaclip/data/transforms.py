@@ -42,6 +42,8 @@ class CropConfig:
     """Smallest and largest share of the image's area."""
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
     """Narrowest and widest aspect ratio of the crop."""
+    flip: bool = False
+    """Mirror every other image, as masked image modelling does; captions may tell left from right."""
     max_pixels: int = 40_000_000
     """Images with more pixels count as damaged; they are not decoded."""
 
@@ -52,7 +54,7 @@ def training_pixels(
     """A random crop resized to `size` pixels. Raises BadImageError."""
     try:
         if data[:2] == b"\xff\xd8":
-            return _training_jpeg(data, size, crop, random)
+            return _mirrored(_training_jpeg(data, size, crop, random), crop, random)
         pixels = np.array(_opened(data, crop.max_pixels).convert("RGB"))
     except BadImageError:
         raise
@@ -61,7 +63,7 @@ def training_pixels(
     except (OSError, ValueError, SyntaxError, EOFError) as error:
         raise BadImageError("undecodable", str(error)) from None
     top, left, height, width = crop_box(pixels.shape[0], pixels.shape[1], crop, random)
-    return _resized(pixels[top : top + height, left : left + width], size)
+    return _mirrored(_resized(pixels[top : top + height, left : left + width], size), crop, random)
 
 
 def evaluation_pixels(
@@ -124,6 +126,12 @@ def _training_jpeg(
         pixels = simplejpeg.decode_jpeg(data, "RGB", min_height=least[0], min_width=least[1])
     top, left, height, width = top // factor, left // factor, height // factor, width // factor
     return _resized(pixels[top : top + height, left : left + width], size)
+
+
+def _mirrored(
+    pixels: UInt8[Tensor, "3 size size"], crop: CropConfig, random: np.random.Generator
+) -> UInt8[Tensor, "3 size size"]:
+    return pixels.flip(2) if crop.flip and random.random() < 0.5 else pixels
 
 
 def _resized(pixels: UInt8[np.ndarray, "height width 3"], size: int) -> UInt8[Tensor, "3 size size"]:

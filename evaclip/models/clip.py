@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from typing import Literal
 
 import torch
 from jaxtyping import Float, Int, Int64
@@ -84,8 +85,8 @@ class Clip(nn.Module):
         """The parameter names of each tower, layer by layer from the embeddings up to the projection."""
         names = [name for name, _ in self.named_parameters()]
         return {
-            "vision": _stages(names, "visual.", "visual.trunk.blocks.", _VISION_STEM),
-            "text": _stages(names, "text.", "text.transformer.resblocks.", _TEXT_STEM),
+            "vision": stages_of(names, "vision"),
+            "text": stages_of(names, "text"),
         }
 
 
@@ -93,8 +94,14 @@ _VISION_STEM = ("visual.trunk.patch_embed.", "visual.trunk.cls_token", "visual.t
 _TEXT_STEM = ("text.token_embedding.", "text.positional_embedding")
 
 
+def stages_of(names: list[str], tower: Literal["vision", "text"]) -> list[list[str]]:
+    """The names of a tower's parameters: stem, blocks in order, and what comes after them."""
+    if tower == "vision":
+        return _stages(names, "visual.", "visual.trunk.blocks.", _VISION_STEM)
+    return _stages(names, "text.", "text.transformer.resblocks.", _TEXT_STEM)
+
+
 def _stages(names: list[str], tower: str, blocks: str, stem: tuple[str, ...]) -> list[list[str]]:
-    """Stem, blocks in order, and what comes after them."""
     own = [name for name in names if name.startswith(tower)]
     depth = 1 + max(int(name[len(blocks) :].split(".")[0]) for name in own if name.startswith(blocks))
     stages: list[list[str]] = [[] for _ in range(depth + 2)]

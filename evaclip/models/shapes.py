@@ -6,8 +6,11 @@ table 1), EVA-CLIP-18B (2402.04252, table 1), and the model configurations of ba
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 from evaclip.errors import InputError, did_you_mean
+
+Activation = Literal["gelu", "quick_gelu"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +72,9 @@ class TextShape:
     """The most tokens of a caption, start and end included."""
     vocabulary: int = 49408
     """Rows of the token embedding."""
+    activation: Literal["auto", "gelu", "quick_gelu"] = "auto"
+    """`quick_gelu`, x * sigmoid(1.702 x), is what OpenAI's weights were trained with. `auto`: what the weights that the
+    tower starts from were trained with, GELU where there are none. EVA-CLIP's own runs put GELU under OpenAI's."""
 
     def __post_init__(self) -> None:
         if self.width % self.heads:

@@ -14,12 +14,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int, Int64
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.attention.varlen import varlen_attn
 from torch.utils.checkpoint import checkpoint
 
 from evaclip.models.shapes import TextShape
-from evaclip.openclip import TextTransformer
+from evaclip.openclip import QuickGELU, TextTransformer
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,7 @@ class TextTower(TextTransformer):
             heads=shape.heads,
             layers=shape.depth,
             output_dim=dim,
+            act_layer=QuickGELU if shape.activation == "quick_gelu" else nn.GELU,
         )
         for block in self.transformer.resblocks:  # stays a call of a module, which sharding hooks into
             block.forward = MethodType(_block_forward, block)

@@ -24,6 +24,8 @@ from evaclip.objectives.sigmoid import sigmoid_loss
 class ClipConfig:
     """The contrastive objective."""
 
+    kind: Literal["clip"] = "clip"
+    """The objective's name."""
     mask_ratio: float = 0.5
     """Share of the image's patches that the tower does not see while training (FLIP)."""
     drop_path: float = 0.0
@@ -52,6 +54,10 @@ class ClipConfig:
     def student(self, shape: ClipShape) -> Clip:
         """The towers, with the learnt scalars that the loss needs."""
         return Clip(shape, logit_bias=self.loss == "sigmoid")
+
+    def seen(self, patches: int) -> str:
+        """What a user is told of it."""
+        return f"{max(1, int(patches * (1 - self.mask_ratio)))} of {patches} patches seen in training"
 
 
 class ClipObjective(nn.Module):

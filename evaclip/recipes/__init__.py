@@ -9,7 +9,7 @@ from pathlib import Path
 
 from evaclip.config import RunConfig
 from evaclip.errors import InputError, did_you_mean, near_path
-from evaclip.recipes import published, small
+from evaclip.recipes import mim, published, small
 
 Recipe = Callable[[], RunConfig]
 RECIPES: dict[str, Recipe] = {
@@ -29,6 +29,11 @@ RECIPES: dict[str, Recipe] = {
         published.eva_clip_8b,
         published.eva_clip_18b,
         published.eva_clip_18b_unmasked,
+        mim.eva01_mim_g,
+        mim.eva02_mim_ti,
+        mim.eva02_mim_s,
+        mim.eva02_mim_b,
+        mim.eva02_mim_l,
     )
 }
 
