@@ -1,10 +1,13 @@
 """Where this process stands among its peers, and the few things they tell each other. One process needs no group."""
 
+import json
 import os
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -17,6 +20,62 @@ Told = TypeVar("Told")
 
 # Longest that a process waits for the others; an evaluation on the first one takes minutes.
 PATIENCE = timedelta(minutes=60)
+# Under Slurm the group meets at a port in this range, below the one from which Linux gives out ports by itself.
+PORTS = range(10_000, 30_000)
+# What a launcher tells besides how many processes there are, and what of it a task of srun has instead.
+TORCHRUN = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+SRUN = ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_NODELIST", "SLURM_JOB_ID")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """One process of several, and where they meet."""
+
+    rank: int
+    world: int
+    local_rank: int
+    """Number among the processes of this machine."""
+    address: str
+    """Machine of the first process."""
+    port: int
+
+
+def place(environment: Mapping[str, str]) -> Place | None:
+    """What the launcher says of this process: torchrun, or srun with one task per GPU. None for a process alone.
+
+    torchrun's word counts before srun's, which may have started torchrun. A batch script is a process alone, whatever
+    is allocated to it: only srun sets SLURM_STEP_ID. Raises InputError when something is missing.
+    """
+    if int(environment.get("WORLD_SIZE", "1")) > 1:
+        world, needed, remedy = "WORLD_SIZE", TORCHRUN, "start several processes with torchrun"
+    elif "WORLD_SIZE" not in environment and "SLURM_STEP_ID" in environment:
+        world, needed, remedy = "SLURM_NTASKS", SRUN, "start them with srun, one task per GPU"
+    else:
+        return None
+    if int(environment.get(world, "1")) == 1:
+        return None
+    missing = [name for name in needed if name not in environment]
+    if missing:
+        raise InputError(f"{world} is set but not {', '.join(missing)}: {remedy}")
+    count, (rank, local, hosts, number) = environment[world], (environment[name] for name in needed)
+    if world == "WORLD_SIZE":
+        address, port = hosts, int(number)
+    else:
+        # Sixteen ports for each job: one for each of its steps, as an earlier one's may not be free yet.
+        steps_port = 16 * int(number) + int(environment["SLURM_STEP_ID"]) % 16
+        address, port = first_host(hosts), PORTS[steps_port % len(PORTS)]
+    return Place(rank=int(rank), world=int(count), local_rank=int(local), address=address, port=port)
+
+
+def first_host(nodes: str) -> str:
+    """The first name in a Slurm node list: `gpu[007-010,012],cpu1` gives `gpu007`."""
+    depth, name = 0, ""
+    for letter in nodes:
+        depth += (letter == "[") - (letter == "]")
+        if letter == "," and depth == 0:
+            break
+        name += letter
+    return re.sub(r"\[([^],-]+)[^]]*\]", r"\1", name)
 
 
 def rank() -> int:
@@ -35,8 +94,14 @@ def is_main() -> bool:
 
 
 def local_rank() -> int:
-    """This process's number on its machine: which GPU is its own."""
+    """This process's number on its machine."""
     return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def own_gpu() -> int:
+    """Which of the GPUs that this process sees is its own; where each task is shown one alone, that is the first."""
+    seen = torch.cuda.device_count()
+    return 0 if seen == 1 else local_rank()
 
 
 def everyone() -> ProcessGroup | None:
@@ -45,17 +110,33 @@ def everyone() -> ProcessGroup | None:
 
 
 @contextmanager
-def joined() -> Iterator[None]:
-    """Form the group that the launcher, torchrun or one that sets the same variables, started this process for."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
+def joined(patience: timedelta = PATIENCE) -> Iterator[None]:
+    """Form the group that the launcher, torchrun or srun, started this process for.
+
+    Raises InputError when the others do not come in time.
+    """
+    told = None if dist.is_initialized() else place(os.environ)
+    if told is None:
         yield
         return
-    missing = [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
-    if missing:
-        raise InputError(f"WORLD_SIZE is set but not {', '.join(missing)}: start several processes with torchrun")
+    # torch and DeepSpeed read these, which srun does not set.
+    os.environ.update(
+        RANK=str(told.rank),
+        WORLD_SIZE=str(told.world),
+        LOCAL_RANK=str(told.local_rank),
+        MASTER_ADDR=told.address,
+        MASTER_PORT=str(told.port),
+    )
     if torch.cuda.is_available():
-        torch.cuda.set_device(local_rank())
-    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=PATIENCE)
+        torch.cuda.set_device(own_gpu())
+    try:
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(backend, timeout=patience)
+    except dist.DistError as error:
+        raise InputError(
+            f"process {told.rank} of {told.world} cannot meet the others at {told.address}:{told.port}: "
+            f"{str(error).splitlines()[0]}"
+        ) from None
     try:
         yield
     finally:
@@ -80,16 +161,6 @@ def total_of(number: int) -> int:
     return int(told)
 
 
-def gathered(number: float) -> list[float]:
-    """Every process's number, by rank."""
-    if world_size() == 1:
-        return [number]
-    told = torch.zeros(world_size(), dtype=torch.float64)
-    told[rank()] = number
-    dist.all_reduce(told)
-    return told.tolist()
-
-
 def mean_over_processes(value: Tensor) -> Tensor:
     """A number that each process has of its own part of the batch, as that of the whole; without gradient."""
     if world_size() == 1:
@@ -106,6 +177,19 @@ def from_main(value: Told) -> Told:
     told = [value]
     dist.broadcast_object_list(told, src=0, device=torch.device("cpu"))
     return told[0]
+
+
+def gathered(record: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Every process's record, by rank. It travels as JSON: torch's own gathering of objects would unpickle."""
+    if world_size() == 1:
+        return [json.loads(json.dumps(record))]
+    text = torch.frombuffer(bytearray(json.dumps(record).encode()), dtype=torch.uint8)
+    sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(world_size())]
+    dist.all_gather(sizes, torch.tensor([len(text)]))
+    longest = int(torch.cat(sizes).max())
+    texts = [torch.zeros(longest, dtype=torch.uint8) for _ in range(world_size())]
+    dist.all_gather(texts, torch.nn.functional.pad(text, (0, longest - len(text))))
+    return [json.loads(bytes(other[: int(size)].tolist())) for other, size in zip(texts, sizes, strict=True)]
 
 
 @contextmanager

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from evaclip.distributed import is_main, local_rank
+from evaclip.distributed import is_main, own_gpu
 from evaclip.errors import InputError
 
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16, "pure_bf16": torch.bfloat16}
@@ -116,7 +116,7 @@ class EngineConfig:
     def resolved_device(self) -> torch.device:
         """The device meant, this process's own GPU. Raises InputError when it is not there."""
         if self.device == "auto":
-            return torch.device("cuda", local_rank()) if torch.cuda.is_available() else torch.device("cpu")
+            return torch.device("cuda", own_gpu()) if torch.cuda.is_available() else torch.device("cpu")
         device = torch.device(self.device)
         if device.type == "cuda" and not torch.cuda.is_available():
             raise InputError(f"--engine.device {self.device}: torch sees no CUDA device; evaclip doctor says more")
