@@ -18,6 +18,7 @@ USAGE = """evaclip: train CLIP models bootstrapped from EVA, and score them zero
                                              torchrun --nproc-per-node 8 -m evaclip train RECIPE
   evaclip zeroshot --dataset D --model RUN   score a trained model
   evaclip data caption RECIPE ...            a labelled data set as image-text shards
+  evaclip data VERB ...                      index, check, stats, sample, reshard, filter, dedup, decontaminate, merge
   evaclip doctor                             versions, devices, attention kernels, what is missing
 
 Each verb explains its fields with --help.
@@ -170,4 +171,17 @@ VERBS: dict[str, Callable[[list[str]], int | None]] = {
 }
 DATA_VERBS: dict[str, Callable[[list[str]], int | None]] = {
     "caption": command("data caption", "evaclip.curate.caption", "CaptionCommand", "run_caption"),
+    "synth": command("data synth", "evaclip.curate.synth", "SynthCommand", "run_synth"),
+    "index": command("data index", "evaclip.curate.index", "IndexCommand", "run_index"),
+    "check": command("data check", "evaclip.curate.check", "CheckCommand", "run_check"),
+    "stats": command("data stats", "evaclip.curate.stats", "StatsCommand", "run_stats"),
+    "sample": command("data sample", "evaclip.curate.sample", "SampleCommand", "run_sample"),
+    "reshard": command("data reshard", "evaclip.curate.reshard", "ReshardCommand", "run_reshard"),
+    "filter": command("data filter", "evaclip.curate.filter", "FilterCommand", "run_filter"),
+    "dedup": command("data dedup", "evaclip.curate.dedup", "DedupCommand", "run_dedup"),
+    "hash": command("data hash", "evaclip.curate.decontaminate", "HashCommand", "run_hash"),
+    "decontaminate": command(
+        "data decontaminate", "evaclip.curate.decontaminate", "DecontaminateCommand", "run_decontaminate"
+    ),
+    "merge": command("data merge", "evaclip.curate.merge", "MergeCommand", "run_merge"),
 }

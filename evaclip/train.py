@@ -78,6 +78,12 @@ def _train(config: RunConfig) -> Outcome:
     saved, batches = step, iter(stream)
     log = RunLog(config.run_dir, config.name, config.steps, step, config.log, written=is_main())
     with StopRequest() as stop, log:
+        log.event(
+            step,
+            f"data: {len(shards):,} pairs in {sum(map(len, shards.heads)):,} shards, "
+            f"fingerprint {shards.fingerprint[:12]}",
+            fingerprint=shards.fingerprint,
+        )
         meter = Meter(config, stream.times, log)
         while step < config.steps and not any_of(bool(stop)):
             batch, cursor = next(batches)
@@ -265,7 +271,6 @@ def _introduce(config: RunConfig, shards: ShardSet, model: Clip, step: int) -> N
         *described(config),
         f"model: {counts['visual']:.2f}M image tower + {counts['text']:.2f}M text tower, {kept} of {vision.patches} "
         "patches seen in training",
-        f"data: {len(shards):,} pairs in {sum(map(len, shards.heads)):,} shards, fingerprint {shards.fingerprint[:12]}",
         f"run: {config.steps:,} steps x {config.batch_size:,} = {seen:,} pairs, {seen / len(shards):.3g} epochs; "
         f"warm-up {config.optim.warmup:,} steps; from step {step:,} on "
         f"{world_size()} x {config.engine.resolved_device()} ({config.engine.kind})",

@@ -1,10 +1,11 @@
 """The data of a run: sources of shards, indexed and counted before the first step."""
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from evaclip.data.index import ShardHead, expand, fingerprint, index_shards
+from evaclip.data.manifest import read_merged
 from evaclip.data.order import Order, Source
 from evaclip.data.transforms import CropConfig
 from evaclip.errors import InputError
@@ -28,6 +29,8 @@ class DataConfig:
 
     sources: tuple[SourceConfig, ...]
     """The data; several sources are mixed sample by sample by their weights."""
+    merged: Path | None = None
+    """A manifest of weighted sources, from `evaclip data merge`; it takes the place of `sources`."""
     crop: CropConfig = field(default_factory=CropConfig)
     """Augmentation of the images."""
     workers: int = 4
@@ -51,6 +54,13 @@ class ShardSet:
 
     def __init__(self, config: DataConfig) -> None:
         """Raises InputError for missing, damaged or empty shards."""
+        listed: dict[str, str] = {}
+        if config.merged is not None:
+            sources = read_merged(config.merged).sources
+            listed = {source.name: source.fingerprint for source in sources}
+            config = replace(
+                config, sources=tuple(SourceConfig(name=s.name, shards=s.shards, weight=s.weight) for s in sources)
+            )
         self.config = config
         self.heads: list[list[ShardHead]] = []
         if not config.sources:
@@ -62,6 +72,10 @@ class ShardSet:
                 skip_damaged=config.skip_damaged_shards,
                 processes=max(1, config.workers),
             )
+            if source.name in listed and listed[source.name] != fingerprint(heads):
+                raise InputError(
+                    f"source {source.name!r} is not what {config.merged} says; if it is meant to be so, merge again"
+                )
             heads = [head for head in heads if head.samples]
             if not heads:
                 raise InputError(f"source {source.name!r} has no samples: its shards hold no images or captions")
