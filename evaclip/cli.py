@@ -21,6 +21,7 @@ USAGE = """evaclip: train CLIP models bootstrapped from EVA, and score them zero
   evaclip data plan RECIPE                   links, images, disk, hours and cost of a public set, before it is fetched
   evaclip data download RECIPE               its lists of links, downloaded to shards; goes on where it was stopped
   evaclip convert SRC DST --to LAYOUT        weights from any layout to open_clip's, timm's or EVA's
+  evaclip data VERB ...                      index, check, stats, sample, reshard, filter, dedup, decontaminate, merge
   evaclip doctor                             versions, devices, attention kernels, what is missing
 
 Each verb explains its fields with --help.
@@ -189,4 +190,17 @@ DATA_VERBS: dict[str, Callable[[list[str]], int | None]] = {
     "caption": command("data caption", "evaclip.curate.caption", "CaptionCommand", "run_caption"),
     "plan": command("data plan", "evaclip.curate.plan", "PlanCommand", "run_plan"),
     "download": command("data download", "evaclip.curate.download", "DownloadCommand", "run_download"),
+    "synth": command("data synth", "evaclip.curate.synth", "SynthCommand", "run_synth"),
+    "index": command("data index", "evaclip.curate.index", "IndexCommand", "run_index"),
+    "check": command("data check", "evaclip.curate.check", "CheckCommand", "run_check"),
+    "stats": command("data stats", "evaclip.curate.stats", "StatsCommand", "run_stats"),
+    "sample": command("data sample", "evaclip.curate.sample", "SampleCommand", "run_sample"),
+    "reshard": command("data reshard", "evaclip.curate.reshard", "ReshardCommand", "run_reshard"),
+    "filter": command("data filter", "evaclip.curate.filter", "FilterCommand", "run_filter"),
+    "dedup": command("data dedup", "evaclip.curate.dedup", "DedupCommand", "run_dedup"),
+    "hash": command("data hash", "evaclip.curate.decontaminate", "HashCommand", "run_hash"),
+    "decontaminate": command(
+        "data decontaminate", "evaclip.curate.decontaminate", "DecontaminateCommand", "run_decontaminate"
+    ),
+    "merge": command("data merge", "evaclip.curate.merge", "MergeCommand", "run_merge"),
 }

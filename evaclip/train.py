@@ -88,6 +88,12 @@ def _loop(
     log = RunLog(folder, config.name, config.steps, step, config.log, written=is_main())
     batches, meter, health = iter(stream), Meter(config, stream.times, log), Health(guard)
     with StopRequest(guard.grace) as stop, log, Heartbeat(folder / "heartbeats", rank(), guard) as heart:
+        log.event(
+            step,
+            f"data: {len(shards):,} pairs in {sum(map(len, shards.heads)):,} shards, "
+            f"fingerprint {shards.fingerprint[:12]}",
+            fingerprint=shards.fingerprint,
+        )
         while step < config.steps and not any_of(bool(stop) or writer.failed is not None):
             heart.beat(step)
             batch, cursor = next(batches)
@@ -207,7 +213,6 @@ def _introduce(config: RunConfig, shards: ShardSet, model: nn.Module, step: int)
     for line in (
         *described(config),
         f"model: {' + '.join(counts)}, {config.objective.seen(vision.patches)}",
-        f"data: {len(shards):,} pairs in {sum(map(len, shards.heads)):,} shards, fingerprint {shards.fingerprint[:12]}",
         f"run: {config.steps:,} steps x {config.batch_size:,} = {seen:,} pairs, {seen / len(shards):.3g} epochs; "
         f"warm-up {config.optim.warmup:,} steps; from step {step:,} on "
         f"{world_size()} x {config.engine.resolved_device()} ({config.engine.kind})",

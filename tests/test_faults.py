@@ -178,7 +178,7 @@ def test_a_spike_is_reported_with_its_samples(tmp_path, shards, monkeypatch):
     )
     config = tiny_run(tmp_path / "run", shards(), steps=20, checkpoint=CheckpointConfig(every=0))
     train(config)
-    events = [entry for entry in read_log(tmp_path / "run") if "event" in entry]
+    events = [entry for entry in read_log(tmp_path / "run") if "standard" in entry.get("event", "")]
     assert len(events) == 1 and "standard deviations above the mean" in events[0]["event"]
     assert events[0]["positions"] == [17 * 16, 18 * 16]
     dump = json.loads((tmp_path / "run" / "dumps" / "step_00000018.json").read_text())

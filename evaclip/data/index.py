@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import braceexpand
@@ -24,10 +24,11 @@ from evaclip.data.tar import DamagedTarError, members
 from evaclip.errors import InputError, did_you_mean
 from evaclip.log import progress
 
-VERSION = 1
+VERSION = 2
 FOLDER = ".evaclip"
 IMAGE_SUFFIXES = frozenset({"jpg", "jpeg", "png", "webp"})
 CAPTION_SUFFIX = "txt"
+NOTHING = (0, -1, 0, -1)
 
 
 @dataclass(frozen=True)
@@ -196,7 +197,7 @@ def index_or_reason(path: Path, index_folder: Path | None) -> ShardHead | str:
 
 def _index(path: Path, index_folder: Path | None) -> ShardHead:
     stat = path.stat()
-    samples = _samples(path)
+    samples = samples_of(path)
     with path.open("rb") as file:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     head = ShardHead(str(path), stat.st_size, sha256, len(samples))
@@ -223,21 +224,32 @@ def _index(path: Path, index_folder: Path | None) -> ShardHead:
     return head
 
 
-def _samples(path: Path) -> dict[str, tuple[int, int, int, int]]:
-    """Members with the same name up to its first dot form a sample, as in the webdataset library."""
+def samples_of(path: Path) -> dict[str, tuple[int, int, int, int]]:
+    """Spans of the samples of a shard, by key, as in `ShardIndex.spans`. Raises DamagedTarError.
+
+    Members with the same name up to its first dot form a sample, as in the webdataset library.
+    """
     samples: dict[str, tuple[int, int, int, int]] = {}
-    for member in members(path):
-        whole = PurePosixPath(member.name)
-        stem, _, suffix = whole.name.partition(".")
-        key = str(whole.with_name(stem)) if stem else member.name
-        image_at, image_size, caption_at, caption_size = samples.get(key, (0, -1, 0, -1))
-        if suffix.lower() in IMAGE_SUFFIXES:
-            samples[key] = (member.offset, member.size, caption_at, caption_size)
-        elif suffix.lower() == CAPTION_SUFFIX:
-            samples[key] = (image_at, image_size, member.offset, member.size)
-        elif stem and key not in samples:
-            samples[key] = (0, -1, 0, -1)
+    for name, offset, size in members(path):
+        key, suffix = split_name(name)
+        image_at, image_size, caption_at, caption_size = samples.get(key, NOTHING)
+        if suffix in IMAGE_SUFFIXES:
+            samples[key] = (offset, size, caption_at, caption_size)
+        elif suffix == CAPTION_SUFFIX:
+            samples[key] = (image_at, image_size, offset, size)
+        elif suffix and key not in samples:
+            samples[key] = NOTHING
     return samples
+
+
+def split_name(name: str) -> tuple[str, str]:
+    """Key and suffix of a member: they part at the first dot of the file's name.
+
+    A name without a dot, or that begins with one, has no suffix and belongs to no sample.
+    """
+    folder, slash, last = name.removeprefix("./").rpartition("/")
+    stem, _, suffix = last.partition(".")
+    return folder + slash + stem, suffix.lower() if stem else ""
 
 
 def index_file(path: Path, index_folder: Path | None) -> Path:

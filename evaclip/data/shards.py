@@ -2,13 +2,14 @@
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
 from evaclip.data.index import ShardHead, expand, fingerprint, index_shards, lines_of
+from evaclip.data.manifest import read_merged
 from evaclip.data.order import Order, Source
 from evaclip.data.remote import CacheConfig, ShardCache, addresses, is_address
 from evaclip.data.transforms import CropConfig
@@ -36,6 +37,8 @@ class DataConfig:
     mix_by: Literal["sample", "batch"] = "sample"
     """What is mixed: samples, so that every batch has its share of each source; or whole batches, each of one source,
     as EVA-CLIP's published command does with equal weights. A caption then has negatives of its own source alone."""
+    merged: Path | None = None
+    """A manifest of weighted sources, from `evaclip data merge`; it takes the place of `sources`."""
     crop: CropConfig = field(default_factory=CropConfig)
     """Augmentation of the images."""
     workers: int = 4
@@ -61,13 +64,25 @@ class ShardSet:
 
     def __init__(self, config: DataConfig) -> None:
         """Raises InputError for missing, damaged or empty shards."""
+        listed: dict[str, str] = {}
+        if config.merged is not None:
+            sources = read_merged(config.merged).sources
+            listed = {source.name: source.fingerprint for source in sources}
+            config = replace(
+                config, sources=tuple(SourceConfig(name=s.name, shards=s.shards, weight=s.weight) for s in sources)
+            )
         self.config = config
         self.heads: list[list[ShardHead]] = []
         if not config.sources:
             raise InputError("no data: the recipe needs at least one source of shards, --data.sources")
         self.cache = ShardCache(config.cache, config.index_folder)
         for source in config.sources:
-            heads = [head for head in self._indexed(source) if head.samples]
+            heads = self._indexed(source)
+            if source.name in listed and listed[source.name] != fingerprint(heads):
+                raise InputError(
+                    f"source {source.name!r} is not what {config.merged} says; if it is meant to be so, merge again"
+                )
+            heads = [head for head in heads if head.samples]
             if not heads:
                 raise InputError(f"source {source.name!r} has no samples: its shards hold no images or captions")
             self.heads.append(heads)

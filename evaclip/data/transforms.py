@@ -9,6 +9,8 @@ Both look at the header before they decode, so that a small file cannot ask for 
 
 import io
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,6 +26,9 @@ MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
 # PIL's other decoders are large and little tested; shards have no use for them.
 FORMATS = ("JPEG", "PNG", "WEBP")
+JPEG = b"\xff\xd8"
+# Bytes at the end of a JPEG among which its end marker is looked for: some cameras write behind it.
+TAIL = 4096
 
 
 class BadImageError(Exception):
@@ -52,18 +57,38 @@ def training_pixels(
     data: bytes, size: int, crop: CropConfig, random: np.random.Generator
 ) -> UInt8[Tensor, "3 size size"]:
     """A random crop resized to `size` pixels. Raises BadImageError."""
-    try:
-        if data[:2] == b"\xff\xd8":
+    with _bad_images_named():
+        if data[:2] == JPEG:
             return _mirrored(_training_jpeg(data, size, crop, random), crop, random)
         pixels = np.array(_opened(data, crop.max_pixels).convert("RGB"))
-    except BadImageError:
-        raise
-    except Image.DecompressionBombError as error:  # PIL's own limit, for those who set ours above it
-        raise BadImageError("too-many-pixels", str(error)) from None
-    except (OSError, ValueError, SyntaxError, EOFError) as error:
-        raise BadImageError("undecodable", str(error)) from None
     top, left, height, width = crop_box(pixels.shape[0], pixels.shape[1], crop, random)
     return _mirrored(_resized(pixels[top : top + height, left : left + width], size), crop, random)
+
+
+def image_size(data: bytes, max_pixels: int) -> tuple[int, int]:
+    """Width and height by the header; a JPEG without an end marker is decoded to see why. Raises BadImageError."""
+    if data[:2] == JPEG:
+        try:
+            height, width, _, _ = simplejpeg.decode_jpeg_header(data)
+        except ValueError as error:
+            raise BadImageError("undecodable", str(error)) from None
+        _check_pixels(int(width), int(height), max_pixels)
+        if data.rfind(b"\xff\xd9", -TAIL) < 0:
+            whole_pixels(data, max_pixels)
+        return int(width), int(height)
+    with _bad_images_named():
+        return _opened(data, max_pixels).size
+
+
+def whole_pixels(data: bytes, max_pixels: int) -> UInt8[np.ndarray, "height width 3"]:
+    """Every pixel, by the decoders that training uses. Raises BadImageError."""
+    with _bad_images_named():
+        if data[:2] == JPEG:
+            height, width, colors, _ = simplejpeg.decode_jpeg_header(data)
+            _check_pixels(int(width), int(height), max_pixels)
+            if colors not in ("CMYK", "YCCK"):
+                return simplejpeg.decode_jpeg(data, "RGB")
+        return np.array(_opened(data, max_pixels).convert("RGB"))
 
 
 def evaluation_pixels(
@@ -106,6 +131,19 @@ def crop_box(height: int, width: int, crop: CropConfig, random: np.random.Genera
     aspect = min(max(width / height, crop.ratio[0]), crop.ratio[1])
     w, h = min(width, max(1, round(height * aspect))), min(height, max(1, round(width / aspect)))
     return (height - h) // 2, (width - w) // 2, h, w
+
+
+@contextmanager
+def _bad_images_named() -> Iterator[None]:
+    """Whatever a decoder raises becomes a BadImageError."""
+    try:
+        yield
+    except BadImageError:
+        raise
+    except Image.DecompressionBombError as error:  # PIL's own limit, for those who set ours above it
+        raise BadImageError("too-many-pixels", str(error)) from None
+    except (OSError, ValueError, SyntaxError, EOFError) as error:
+        raise BadImageError("undecodable", str(error)) from None
 
 
 def _training_jpeg(
