@@ -17,6 +17,7 @@ USAGE = """evaclip: train CLIP models bootstrapped from EVA, and score them zero
   evaclip train RECIPE [--field.sub VALUE]   run one, or continue it with --resume auto; on several GPUs:
                                              torchrun --nproc-per-node 8 -m evaclip train RECIPE
   evaclip zeroshot --dataset D --model RUN   score a trained model
+  evaclip compare A.json B.json              two models on the same images: who is better, and is it chance
   evaclip data caption RECIPE ...            a labelled data set as image-text shards
   evaclip doctor                             versions, devices, attention kernels, what is missing
 
@@ -165,6 +166,7 @@ VERBS: dict[str, Callable[[list[str]], int | None]] = {
     "plan": plan,
     "train": train,
     "zeroshot": command("zeroshot", "evaclip.evaluate", "ZeroShotCommand", "run_zero_shot"),
+    "compare": command("compare", "evaclip.evals.comparison", "CompareCommand", "run_compare"),
     "data": data,
     "doctor": doctor,
 }
