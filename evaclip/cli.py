@@ -17,6 +17,8 @@ USAGE = """evaclip: train CLIP models bootstrapped from EVA, and score them zero
   evaclip train RECIPE [--field.sub VALUE]   run one, or continue it with --resume auto; on several GPUs:
                                              torchrun --nproc-per-node 8 -m evaclip train RECIPE
   evaclip zeroshot --dataset D --model RUN   score a trained model
+  evaclip watch RUN                          score a run's checkpoints while it trains, and mark the best
+  evaclip average RUN --last 3 --out DIR     the mean of a run's last checkpoints as a model of its own
   evaclip compare A.json B.json              two models on the same images: who is better, and is it chance
   evaclip data caption RECIPE ...            a labelled data set as image-text shards
   evaclip doctor                             versions, devices, attention kernels, what is missing
@@ -166,6 +168,8 @@ VERBS: dict[str, Callable[[list[str]], int | None]] = {
     "plan": plan,
     "train": train,
     "zeroshot": command("zeroshot", "evaclip.evaluate", "ZeroShotCommand", "run_zero_shot"),
+    "watch": command("watch", "evaclip.watch", "WatchCommand", "run_watch"),
+    "average": command("average", "evaclip.average", "AverageCommand", "run_average"),
     "compare": command("compare", "evaclip.evals.comparison", "CompareCommand", "run_compare"),
     "data": data,
     "doctor": doctor,

@@ -1,20 +1,32 @@
 """The configuration of a run: the parts' own configurations, put together, printed and stored."""
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol, runtime_checkable
+
+import torch
 
 from evaclip.checkpoint import CheckpointConfig
 from evaclip.data.shards import DataConfig
 from evaclip.engine import EngineConfig
 from evaclip.errors import CheckpointError, near_path
-from evaclip.evals.zero_shot import ZeroShotConfig
+from evaclip.evals.zero_shot import ZeroShot, ZeroShotConfig
 from evaclip.log import LogConfig
 from evaclip.models.shapes import ClipShape
 from evaclip.objectives.clip import ClipConfig
 from evaclip.optim import OptimConfig
 from evaclip.records import structured
+
+
+@runtime_checkable
+class Evaluator(Protocol):
+    """Scores a model beside the training."""
+
+    def __call__(self, model: Any, device: torch.device, folder: Path) -> Iterable[tuple[str, float]]:
+        """Numbers by name; files for the report go to `folder`."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,8 +35,15 @@ class EvalConfig:
 
     every: int = 0
     """Steps between two evaluations; 0 evaluates at the end only."""
+    beside: bool = False
+    """Leave the benchmarks to `evaclip watch`, a process of its own that scores the checkpoints."""
     zero_shot: tuple[ZeroShotConfig, ...] = ()
     """The benchmarks."""
+
+    def build(self) -> dict[str, Evaluator]:
+        """The evaluators by kind and name; each finds its data now, so that a wrong path is known before the work."""
+        zero_shot = [ZeroShot(part) for part in self.zero_shot]
+        return {f"zero_shot/{evaluator.card.name}": evaluator for evaluator in zero_shot}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,13 +11,12 @@ import torch
 from torch import Tensor
 
 from evaclip import checkpoint
-from evaclip.config import RunConfig, described, differences, load_config
+from evaclip.config import Evaluator, RunConfig, described, differences, load_config
 from evaclip.data.pipeline import Cursor, LoaderTimes, Stream
 from evaclip.data.shards import ShardSet, changed_shards
 from evaclip.distributed import any_of, is_main, main_first, rank, total_of, world_size
 from evaclip.engine import Engine, build_engine
 from evaclip.errors import CheckpointError, DivergedError, InputError
-from evaclip.evals.zero_shot import ZeroShot
 from evaclip.guard.signals import StopRequest
 from evaclip.log import RunLog, quiet, say
 from evaclip.models.clip import Clip
@@ -52,7 +51,7 @@ def _train(config: RunConfig) -> Outcome:
             _claim(config.run_dir, config)
         shards = ShardSet(config.data)
     torch.manual_seed(config.seed)
-    evaluators = [ZeroShot(part) for part in config.evals.zero_shot]
+    evaluators = [] if config.evals.beside else list(config.evals.build().values())
     with config.engine.construction():
         objective = config.objective.build(config.model, config.seed)
     before = _phase_before(config)
@@ -109,7 +108,7 @@ def due(step: int, every: int, last: int) -> bool:
     return step == last or (every > 0 and step % every == 0)
 
 
-def evaluate(evaluators: list[ZeroShot], engine: Engine, run_dir: Path, step: int) -> list[tuple[str, float]]:
+def evaluate(evaluators: list[Evaluator], engine: Engine, run_dir: Path, step: int) -> list[tuple[str, float]]:
     """Every benchmark's numbers at a step, on the first process; files go to `evals/step_N/` of the run."""
     student = engine.whole_student() if evaluators else None
     if student is None:

@@ -6,6 +6,7 @@ McNemar's test asks whether the images that only one of them gets right are shar
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tyro
@@ -139,7 +140,8 @@ def mcnemar_p(both: int, only_a: int, only_b: int, neither: int) -> float:
         from statsmodels.stats.contingency_tables import mcnemar  # type: ignore[import-untyped]
     except ImportError:
         raise InputError("comparing two models needs statsmodels: pip install 'evaclip[compare]'") from None
-    return float(mcnemar([[both, only_a], [only_b, neither]], exact=True).pvalue)
+    found: Any = mcnemar([[both, only_a], [only_b, neither]], exact=True)
+    return float(found.pvalue)
 
 
 def _paired(metric: str, a: np.ndarray, b: np.ndarray) -> Paired:
