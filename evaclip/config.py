@@ -1,7 +1,7 @@
 """The configuration of a run: the parts' own configurations, put together, printed and stored."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
@@ -12,6 +12,7 @@ from evaclip.checkpoint import CheckpointConfig
 from evaclip.data.shards import DataConfig
 from evaclip.engine import EngineConfig
 from evaclip.errors import CheckpointError, near_path
+from evaclip.evals.retrieval import Retrieval, RetrievalConfig
 from evaclip.evals.zero_shot import ZeroShot, ZeroShotConfig
 from evaclip.log import LogConfig
 from evaclip.models.shapes import ClipShape
@@ -38,12 +39,17 @@ class EvalConfig:
     beside: bool = False
     """Leave the benchmarks to `evaclip watch`, a process of its own that scores the checkpoints."""
     zero_shot: tuple[ZeroShotConfig, ...] = ()
-    """The benchmarks."""
+    """The benchmarks of classification."""
+    retrieval: tuple[RetrievalConfig, ...] = ()
+    """The benchmarks of finding captions and images."""
 
-    def build(self) -> dict[str, Evaluator]:
+    def build(self) -> Mapping[str, Evaluator]:
         """The evaluators by kind and name; each finds its data now, so that a wrong path is known before the work."""
         zero_shot = [ZeroShot(part) for part in self.zero_shot]
-        return {f"zero_shot/{evaluator.card.name}": evaluator for evaluator in zero_shot}
+        retrieval = [Retrieval(part) for part in self.retrieval]
+        return {f"zero_shot/{evaluator.card.name}": evaluator for evaluator in zero_shot} | {
+            f"retrieval/{evaluator.card.name}": evaluator for evaluator in retrieval
+        }
 
 
 @dataclass(frozen=True, kw_only=True)

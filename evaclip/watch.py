@@ -23,6 +23,7 @@ from evaclip.encoder import clip_of_checkpoint
 from evaclip.engine import EngineConfig
 from evaclip.errors import CheckpointError, InputError, did_you_mean
 from evaclip.evals.card import load_card
+from evaclip.evals.retrieval import RetrievalConfig, retrieval_cards
 from evaclip.evals.zero_shot import ZeroShotConfig
 from evaclip.log import read_lines, say
 from evaclip.report.run import SCORES, write_run_report
@@ -170,13 +171,14 @@ def scores_by_print(run: Path) -> dict[str, set[str]]:
 
 def _asked_for(command: WatchCommand) -> EvalConfig:
     """The benchmarks named at the command line as a run's configuration would name them."""
+    retrieval = [name for name in command.datasets if name in retrieval_cards()]
+    found = [
+        (name, command.data_root / (name if name in retrieval else load_card(name).name)) for name in command.datasets
+    ]
+    how = {"batch": command.batch, "workers": command.workers}
     return EvalConfig(
-        zero_shot=tuple(
-            ZeroShotConfig(
-                card=name, data=command.data_root / load_card(name).name, batch=command.batch, workers=command.workers
-            )
-            for name in command.datasets
-        )
+        zero_shot=tuple(ZeroShotConfig(card=name, data=data, **how) for name, data in found if name not in retrieval),
+        retrieval=tuple(RetrievalConfig(card=name, data=data, **how) for name, data in found if name in retrieval),
     )
 
 

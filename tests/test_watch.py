@@ -15,12 +15,14 @@ from evaclip.average import average
 from evaclip.checkpoint import CheckpointConfig
 from evaclip.cli import main
 from evaclip.config import EvalConfig, RunConfig
+from evaclip.data.write import write_shards
 from evaclip.encoder import load_encoder
 from evaclip.errors import CheckpointError
 from evaclip.evals.zero_shot import ZeroShot, ZeroShotConfig
 from evaclip.log import read_lines, read_log
 from evaclip.report.run import write_run_report
 from evaclip.train import train
+from tests.conftest import made_pairs
 from tests.evals.test_card_and_layouts import write_folders
 from tests.test_train import same_state, tiny_run
 
@@ -34,15 +36,35 @@ def drawn(monkeypatch) -> list[Path]:
     return runs
 
 
-@pytest.fixture
-def recipe(tmp_path, shards) -> RunConfig:
+def watched(folder: Path) -> RunConfig:
     """Twelve steps with three checkpoints, and a benchmark of 23 images that is left to the watch."""
     shipped = (Path(__file__).parents[1] / "zero_shot" / "cifar10.toml").read_text()
-    (tmp_path / "few.toml").write_text(shipped.replace("count = 10000", "count = 23"))
-    write_folders(tmp_path / "cifar")
-    benchmark = ZeroShotConfig(card=str(tmp_path / "few.toml"), data=tmp_path / "cifar")
-    config = tiny_run(tmp_path / "run", shards())
+    (folder / "few.toml").write_text(shipped.replace("count = 10000", "count = 23"))
+    write_folders(folder / "cifar")
+    write_shards(made_pairs(64), folder / "shards", "train", 16)
+    benchmark = ZeroShotConfig(card=str(folder / "few.toml"), data=folder / "cifar")
+    config = tiny_run(folder / "run", folder / "shards")
     return replace(config, evals=EvalConfig(every=4, beside=True, zero_shot=(benchmark,)))
+
+
+@pytest.fixture
+def recipe(tmp_path) -> RunConfig:
+    return watched(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def once(tmp_path_factory) -> RunConfig:
+    config = watched(tmp_path_factory.mktemp("once"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("evaclip.train.write_run_report", lambda _: None)
+        train(config)
+    return config
+
+
+@pytest.fixture
+def trained(once, tmp_path) -> Path:
+    """A copy of the folder of a run that is done."""
+    return shutil.copytree(once.run_dir, tmp_path / "run")
 
 
 def scores(run: Path) -> dict[int, float]:
@@ -115,9 +137,8 @@ def test_beside_a_training_that_prunes_the_best_stays(recipe, monkeypatch):
 
 
 @pytest.mark.parametrize("moment", ["before the manifest", "after the hashes"])
-def test_a_checkpoint_that_is_pruned_while_it_is_read_is_passed_over(recipe, monkeypatch, capfd, moment):
-    train(recipe)
-    victim = recipe.run_dir / "checkpoints" / "step_00000008"
+def test_a_checkpoint_that_is_pruned_while_it_is_read_is_passed_over(trained, monkeypatch, capfd, moment):
+    victim = trained / "checkpoints" / "step_00000008"
     name = "load" if moment == "before the manifest" else "load_file"
     real = getattr(checkpoint, name)
 
@@ -127,10 +148,10 @@ def test_a_checkpoint_that_is_pruned_while_it_is_read_is_passed_over(recipe, mon
         return real(path, *rest, **named)
 
     monkeypatch.setattr(checkpoint, name, pruned)
-    assert main(["watch", str(recipe.run_dir)]) == 0
+    assert main(["watch", str(trained)]) == 0
     assert "step_00000008 cannot be scored: " in capfd.readouterr().err
-    assert list(scores(recipe.run_dir)) == [4, 12]
-    assert "scoring" not in checkpoint.marks(recipe.run_dir / "checkpoints")
+    assert list(scores(trained)) == [4, 12]
+    assert "scoring" not in checkpoint.marks(trained / "checkpoints")
 
 
 def test_what_is_being_scored_is_not_pruned(tmp_path):
@@ -175,9 +196,8 @@ def test_bad_input_is_one_sentence(tmp_path, recipe, capfd):
     assert "did you mean" in capfd.readouterr().err
 
 
-def test_the_average_is_the_mean_and_a_model(tmp_path, recipe, capfd):
-    train(recipe)
-    folder = recipe.run_dir / "checkpoints"
+def test_the_average_is_the_mean_and_a_model(tmp_path, once, trained, capfd):
+    folder = trained / "checkpoints"
     states = [checkpoint.load(path).tensors["model"] for path in reversed(checkpoint.paths(folder))]
     for last, decay in ((3, 1.0), (2, 1.0), (3, 0.5), (1, 1.0)):
         steps, mean = average(folder, last, decay)
@@ -187,35 +207,34 @@ def test_the_average_is_the_mean_and_a_model(tmp_path, recipe, capfd):
             expected = sum(w * s[name].double() for w, s in zip(weights, states, strict=False)) / sum(weights)
             assert value.dtype == states[0][name].dtype and torch.equal(value, expected.to(value.dtype)), name
     assert torch.equal(average(folder, 1)[1]["logit_scale"], states[0]["logit_scale"])
-    arguments = ["average", str(recipe.run_dir), "--out", str(tmp_path / "mean"), "--last", "2"]
+    arguments = ["average", str(trained), "--out", str(tmp_path / "mean"), "--last", "2"]
     assert main(arguments) == 0
     model = load_encoder(tmp_path / "mean").model
     assert torch.equal(model.state_dict()["logit_scale"], average(folder, 2)[1]["logit_scale"])
-    card, data = str(tmp_path / "few.toml"), str(tmp_path / "cifar")
+    (benchmark,) = once.evals.zero_shot
+    card, data = benchmark.card, str(benchmark.data)
     assert main(["zeroshot", "--dataset", card, "--data", data, "--model", str(tmp_path / "mean")]) == 0
     assert main(arguments) == 2
     assert "already holds a run or an average" in capfd.readouterr().err
 
 
-def test_damaged_checkpoints_are_left_out_of_the_average(tmp_path, recipe, capfd):
-    train(recipe)
-    folder = recipe.run_dir / "checkpoints"
+def test_damaged_checkpoints_are_left_out_of_the_average(tmp_path, trained, capfd):
+    folder = trained / "checkpoints"
     (folder / "step_00000008" / "model.safetensors").write_bytes(b"junk")
     assert average(folder, 2)[0] == [12, 4]
     with pytest.raises(CheckpointError, match=r"has 2 whole checkpoints, 3 are to be averaged: .*--checkpoint.keep"):
         average(folder, 3)
     out = ["--out", str(tmp_path / "x")]
-    assert main(["average", str(recipe.run_dir), *out, "--decay", "0"]) == 2
+    assert main(["average", str(trained), *out, "--decay", "0"]) == 2
     assert main(["average", str(tmp_path / "nothing"), *out]) == 89
     assert not (tmp_path / "x").exists()
 
 
-def test_one_checkpoint_of_a_run_is_a_model(recipe):
-    train(recipe)
-    folder = recipe.run_dir / "checkpoints"
+def test_one_checkpoint_of_a_run_is_a_model(trained):
+    folder = trained / "checkpoints"
     for step in (4, 12):
         encoder = load_encoder(folder / f"step_{step:08}")
-        assert encoder.origin["step"] == str(step) and encoder.origin["run"] == str(recipe.run_dir)
+        assert encoder.origin["step"] == str(step) and encoder.origin["run"] == str(trained)
         expected = checkpoint.load(folder / f"step_{step:08}").tensors["model"]["logit_scale"]
         assert torch.equal(encoder.model.state_dict()["logit_scale"], expected)
     assert watch.print_of(folder / "step_00000004") != watch.print_of(folder / "step_00000012")

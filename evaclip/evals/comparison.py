@@ -70,7 +70,14 @@ def run_compare(command: CompareCommand) -> None:
     for pair in pairs:
         shares = [_share(hits, pair.images) for hits in pair.hits]
         change = 100 * (pair.hits[1] - pair.hits[0]) / pair.images
-        table.add_row(pair.metric, *shares, f"{change:+.2f}", f"{pair.only_a:,}", f"{pair.only_b:,}", f"{pair.p:.3g}")
+        table.add_row(
+            pair.metric.replace("/", "\n"),
+            *shares,
+            f"{change:+.2f}",
+            f"{pair.only_a:,}",
+            f"{pair.only_b:,}",
+            f"{pair.p:.3g}",
+        )
     console = Console(highlight=False)
     console.print(table)
     changes = [change for change in class_changes(a, b) if change.a != change.b][: command.classes]
@@ -151,4 +158,4 @@ def _paired(metric: str, a: np.ndarray, b: np.ndarray) -> Paired:
 
 def _share(hits: int, images: int) -> str:
     low, high = wilson(hits, images)
-    return f"{100 * hits / images:.2f} ({100 * low:.2f} to {100 * high:.2f})"
+    return f"{100 * hits / images:.2f}\n{100 * low:.2f} to {100 * high:.2f}"
