@@ -65,21 +65,20 @@ def run_compare(command: CompareCommand) -> None:
     pairs = compare(a, b)
     print(f"{a.record['title']}, {a.record['images']:,} images\n  A  {a.model} ({a.path})\n  B  {b.model} ({b.path})")
     table = Table()
-    for column in ("metric", "A", "B", "B - A", "only A", "only B", "p (McNemar)"):
-        table.add_column(column, justify="left" if column == "metric" else "right")
+    for column in ("metric", "A", "B", "B - A", "only one", "p"):
+        table.add_column(column, justify="left" if column == "metric" else "right", no_wrap=True)
     for pair in pairs:
-        shares = [_share(hits, pair.images) for hits in pair.hits]
         change = 100 * (pair.hits[1] - pair.hits[0]) / pair.images
         table.add_row(
             pair.metric.replace("/", "\n"),
-            *shares,
+            *(_share(hits, pair.images) for hits in pair.hits),
             f"{change:+.2f}",
-            f"{pair.only_a:,}",
-            f"{pair.only_b:,}",
+            f"A {pair.only_a:,}\nB {pair.only_b:,}",
             f"{pair.p:.3g}",
         )
     console = Console(highlight=False)
     console.print(table)
+    print("below each share its 95 % interval (Wilson); p: McNemar's exact test on those that only one has right")
     changes = [change for change in class_changes(a, b) if change.a != change.b][: command.classes]
     if changes:
         table = Table(title="classes that changed most", title_justify="left")
@@ -158,4 +157,4 @@ def _paired(metric: str, a: np.ndarray, b: np.ndarray) -> Paired:
 
 def _share(hits: int, images: int) -> str:
     low, high = wilson(hits, images)
-    return f"{100 * hits / images:.2f}\n{100 * low:.2f} to {100 * high:.2f}"
+    return f"{100 * hits / images:.2f}\n{100 * low:.2f}–{100 * high:.2f}"
