@@ -18,6 +18,7 @@ USAGE = """evaclip: train CLIP models bootstrapped from EVA, and score them zero
                                              torchrun --nproc-per-node 8 -m evaclip train RECIPE
   evaclip zeroshot --dataset D --model RUN   score a trained model
   evaclip retrieval --dataset D --model M    find captions and images: flickr30k, coco
+  evaclip probe --dataset D --model M        a linear classifier and nearest neighbours on its image features
   evaclip watch RUN                          score a run's checkpoints while it trains, and mark the best
   evaclip average RUN --last 3 --out DIR     the mean of a run's last checkpoints as a model of its own
   evaclip compare A.json B.json              two models on the same images: who is better, and is it chance
@@ -170,6 +171,7 @@ VERBS: dict[str, Callable[[list[str]], int | None]] = {
     "train": train,
     "zeroshot": command("zeroshot", "evaclip.evaluate", "ZeroShotCommand", "run_zero_shot"),
     "retrieval": command("retrieval", "evaclip.retrieve", "RetrievalCommand", "run_retrieval"),
+    "probe": command("probe", "evaclip.probe", "ProbeCommand", "run_probe"),
     "watch": command("watch", "evaclip.watch", "WatchCommand", "run_watch"),
     "average": command("average", "evaclip.average", "AverageCommand", "run_average"),
     "compare": command("compare", "evaclip.evals.comparison", "CompareCommand", "run_compare"),

@@ -12,6 +12,7 @@ from evaclip.checkpoint import CheckpointConfig
 from evaclip.data.shards import DataConfig
 from evaclip.engine import EngineConfig
 from evaclip.errors import CheckpointError, near_path
+from evaclip.evals.linear_probe import Probe, ProbeConfig
 from evaclip.evals.retrieval import Retrieval, RetrievalConfig
 from evaclip.evals.zero_shot import ZeroShot, ZeroShotConfig
 from evaclip.log import LogConfig
@@ -42,14 +43,17 @@ class EvalConfig:
     """The benchmarks of classification."""
     retrieval: tuple[RetrievalConfig, ...] = ()
     """The benchmarks of finding captions and images."""
+    probe: tuple[ProbeConfig, ...] = ()
+    """The benchmarks whose training images a linear probe is fitted on."""
 
     def build(self) -> Mapping[str, Evaluator]:
         """The evaluators by kind and name; each finds its data now, so that a wrong path is known before the work."""
-        zero_shot = [ZeroShot(part) for part in self.zero_shot]
-        retrieval = [Retrieval(part) for part in self.retrieval]
-        return {f"zero_shot/{evaluator.card.name}": evaluator for evaluator in zero_shot} | {
-            f"retrieval/{evaluator.card.name}": evaluator for evaluator in retrieval
-        }
+        found = (
+            [("zero_shot", ZeroShot(part)) for part in self.zero_shot]
+            + [("retrieval", Retrieval(part)) for part in self.retrieval]
+            + [("probe", Probe(part)) for part in self.probe]
+        )
+        return {f"{kind}/{evaluator.card.name}": evaluator for kind, evaluator in found}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,6 +23,7 @@ from evaclip.encoder import clip_of_checkpoint
 from evaclip.engine import EngineConfig
 from evaclip.errors import CheckpointError, InputError, did_you_mean
 from evaclip.evals.card import load_card
+from evaclip.evals.linear_probe import ProbeConfig
 from evaclip.evals.retrieval import RetrievalConfig, retrieval_cards
 from evaclip.evals.zero_shot import ZeroShotConfig
 from evaclip.log import read_lines, say
@@ -36,9 +37,11 @@ class WatchCommand:
     run: tyro.conf.Positional[Path]
     """Folder of the run."""
     datasets: tuple[str, ...] = ()
-    """Benchmarks by name or card; by default those of the run's configuration."""
+    """Benchmarks by name or card, flickr30k and coco too; by default all of the run's configuration."""
+    probes: tuple[str, ...] = ()
+    """Benchmarks to fit a linear probe on."""
     data_root: Path = Path("data")
-    """Folder that has a folder for each of `datasets`."""
+    """Folder that has a folder for each of `datasets` and `probes`."""
     best: str | None = None
     """The number that decides which checkpoint is best, such as zero_shot/imagenet/top1; by default the first."""
     poll: float = 20.0
@@ -46,9 +49,9 @@ class WatchCommand:
     idle_minutes: float | None = None
     """End after so long without a new checkpoint; by default wait until the run is done."""
     batch: int = 256
-    """Images of `datasets` that pass through the tower at a time."""
+    """Images of them that pass through the tower at a time."""
     workers: int = 2
-    """Processes that decode images of `datasets`."""
+    """Processes that decode their images."""
     device: str = "auto"
     """`cuda`, `cpu`, or `auto` for a GPU if there is one."""
 
@@ -56,7 +59,7 @@ class WatchCommand:
 def run_watch(command: WatchCommand) -> None:
     """Watch until the run is done."""
     config = load_config(command.run)
-    evaluators = (_asked_for(command) if command.datasets else config.evals).build()
+    evaluators = (_asked_for(command) if command.datasets or command.probes else config.evals).build()
     if not evaluators:
         raise InputError(
             f"{command.run} has no benchmarks in its configuration; name some: --datasets cifar10 imagenet"
@@ -179,6 +182,9 @@ def _asked_for(command: WatchCommand) -> EvalConfig:
     return EvalConfig(
         zero_shot=tuple(ZeroShotConfig(card=name, data=data, **how) for name, data in found if name not in retrieval),
         retrieval=tuple(RetrievalConfig(card=name, data=data, **how) for name, data in found if name in retrieval),
+        probe=tuple(
+            ProbeConfig(card=name, data=command.data_root / load_card(name).name, **how) for name in command.probes
+        ),
     )
 
 

@@ -14,7 +14,7 @@ PACKAGE = Path(evaclip.__file__).parent
 ROWS = (
     {"cli"},
     {"quickstart"},
-    {"evaluate", "retrieve", "watch", "average", "curate", "doctor", "plan", "export", "search"},
+    {"evaluate", "retrieve", "probe", "watch", "average", "curate", "doctor", "plan", "export", "search"},
     {"train"},
     {"recipes"},
     {"config"},

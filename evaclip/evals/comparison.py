@@ -119,6 +119,8 @@ def hits(result: Result) -> dict[str, np.ndarray]:
     found: dict[str, np.ndarray] = {}
     if {"predictions", "labels"} <= arrays.keys():
         found["top1"] = arrays["predictions"] == arrays["labels"]
+    if "neighbours" in arrays:
+        found["neighbours/top1"] = arrays["neighbours"] == arrays["labels"]
     for direction in ("image_to_text", "text_to_image"):
         if f"{direction}_ranks" in arrays:
             found |= {f"{direction}/recall@{k}": arrays[f"{direction}_ranks"] < k for k in RECALLS}
