@@ -22,6 +22,7 @@ USAGE = """evaclip: train CLIP models bootstrapped from EVA, and score them zero
   evaclip watch RUN                          score a run's checkpoints while it trains, and mark the best
   evaclip average RUN --last 3 --out DIR     the mean of a run's last checkpoints as a model of its own
   evaclip compare A.json B.json              two models on the same images: who is better, and is it chance
+  evaclip report RUN_OR_FOLDER               all scores below a folder as one page
   evaclip data caption RECIPE ...            a labelled data set as image-text shards
   evaclip doctor                             versions, devices, attention kernels, what is missing
 
@@ -175,6 +176,7 @@ VERBS: dict[str, Callable[[list[str]], int | None]] = {
     "watch": command("watch", "evaclip.watch", "WatchCommand", "run_watch"),
     "average": command("average", "evaclip.average", "AverageCommand", "run_average"),
     "compare": command("compare", "evaclip.evals.comparison", "CompareCommand", "run_compare"),
+    "report": command("report", "evaclip.report.summary", "ReportCommand", "run_report"),
     "data": data,
     "doctor": doctor,
 }

@@ -130,7 +130,10 @@ def clip_of_checkpoint(found: checkpoint.Checkpoint) -> tuple[Clip, dict[str, st
     shape, loss = _shape_and_loss(run_dir)
     model = Clip(shape, logit_bias=loss == "sigmoid")
     model.load_state_dict(found.tensors["model"])
-    return model.eval(), {"name": model.shape.name, "run": str(run_dir), "step": str(found.step)}
+    origin = {"name": model.shape.name, "run": str(run_dir), "step": str(found.step)}
+    if "averaged" in found.record:  # written by `evaclip average`
+        origin["averaged"] = ", ".join(map(str, found.record["averaged"]))
+    return model.eval(), origin
 
 
 def _shape_and_loss(run_dir: Path) -> tuple[ClipShape, str]:

@@ -209,7 +209,9 @@ def test_the_average_is_the_mean_and_a_model(tmp_path, once, trained, capfd):
     assert torch.equal(average(folder, 1)[1]["logit_scale"], states[0]["logit_scale"])
     arguments = ["average", str(trained), "--out", str(tmp_path / "mean"), "--last", "2"]
     assert main(arguments) == 0
-    model = load_encoder(tmp_path / "mean").model
+    encoder = load_encoder(tmp_path / "mean")
+    model = encoder.model
+    assert encoder.origin["averaged"] == "12, 8"
     assert torch.equal(model.state_dict()["logit_scale"], average(folder, 2)[1]["logit_scale"])
     (benchmark,) = once.evals.zero_shot
     card, data = benchmark.card, str(benchmark.data)

@@ -29,10 +29,21 @@ class Result:
     """Empty where there is no `.npz`."""
 
     @property
+    def step(self) -> int | None:
+        """The step of a run that was scored: as the record says, or the folder `evals/step_N` of the run."""
+        said, parent = self.record["model"], self.path.parent
+        inside = parent.name.removeprefix("step_")
+        if parent.parent.name == "evals" and inside.isdigit():
+            return int(inside)
+        return int(said["step"]) if "step" in said else None
+
+    @property
     def model(self) -> str:
         """What the model is called, with its step where it is a run's."""
         said = self.record["model"]
-        return f"{said['name']}, step {int(said['step']):,}" if "step" in said else str(said["name"])
+        if "averaged" in said:
+            return f"{said['name']}, mean of steps {said['averaged']}"
+        return str(said["name"]) if self.step is None else f"{said['name']}, step {self.step:,}"
 
     @property
     def headline(self) -> float:
