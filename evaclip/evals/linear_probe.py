@@ -24,7 +24,7 @@ from evaclip import keyed
 from evaclip.encoder import Encoder, encoder_of
 from evaclip.errors import InputError
 from evaclip.evals.card import Card, load_card
-from evaclip.evals.features import image_features
+from evaclip.evals.encoded import image_features
 from evaclip.evals.layouts import LabelledImages, find_images
 from evaclip.evals.zero_shot import check_count
 from evaclip.log import say

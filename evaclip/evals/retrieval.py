@@ -22,7 +22,7 @@ from torch import Tensor
 from evaclip.encoder import Encoder, encoder_of
 from evaclip.errors import InputError, did_you_mean, near_path
 from evaclip.evals.captioned import READERS, CaptionedImages, find_captioned
-from evaclip.evals.features import finite, image_features
+from evaclip.evals.encoded import finite, image_features
 from evaclip.models.clip import Clip
 from evaclip.records import structured
 from evaclip.report.results import wilson, write_result
