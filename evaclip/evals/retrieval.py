@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from evaclip.encoder import Encoder, encoder_of
@@ -191,7 +191,7 @@ def text_to_image_ranks(
     parts = []
     for rows, own in zip(texts.split(ROWS), owners.split(ROWS), strict=True):
         scores = rows @ images.T
-        parts.append((scores >= scores.gather(1, own[:, None])).sum(1) - 1)
+        parts.append(_true(scores >= scores.gather(1, own[:, None])) - 1)
     return torch.cat(parts)
 
 
@@ -200,11 +200,19 @@ def image_to_text_ranks(
 ) -> Int64[Tensor, " images"]:
     """For each image, how many captions of others score at least as high as the best of its own."""
     parts = []
-    for rows, number in zip(images.split(ROWS), torch.arange(len(images)).to(owners).split(ROWS), strict=True):
-        scores, own = rows @ texts.T, owners == number[:, None]
-        best = scores.masked_fill(~own, -torch.inf).amax(1, keepdim=True)
-        parts.append(((scores >= best) & ~own).sum(1))
+    for first in range(0, len(images), ROWS):
+        scores = images[first : first + ROWS] @ texts.T
+        own = ((owners >= first) & (owners < first + ROWS)).nonzero()[:, 0]  # the captions of these images
+        rows = owners[own] - first
+        best = scores.new_full((len(scores),), -torch.inf).scatter_reduce_(0, rows, scores[rows, own], "amax")
+        scores[rows, own] = -torch.inf
+        parts.append(_true(scores >= best[:, None]))
     return torch.cat(parts)
+
+
+def _true(mask: Bool[Tensor, "rows columns"]) -> Int64[Tensor, " rows"]:
+    """How many of each row are true; summed as bytes, which torch does five times faster than as booleans."""
+    return mask.view(torch.uint8).sum(1, dtype=torch.int32).long()
 
 
 def save_retrieval(result: RetrievalResult, encoder: Encoder, folder: Path) -> Path:
