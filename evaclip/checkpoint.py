@@ -1,6 +1,7 @@
 """Checkpoints that are whole or not there at all.
 
     checkpoints/step_00000300/{model,optimizer}.safetensors, state.json, manifest.json
+    checkpoints/best.json, scoring.json       marks: checkpoints that pruning leaves, besides the newest
 
 A checkpoint is written to a folder of another name, every file is flushed to the disk, the manifest with the SHA-256
 of each file comes last, and then the folder gets its name. Loading hashes everything again, because neither torch.save
@@ -92,7 +93,7 @@ def of_step(folder: Path, step: int, kinds: Sequence[str] | None = None) -> Chec
     path = _path(folder, step)
     try:
         return _read(path, [file.name for file in path.iterdir()], kinds)
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
+    except OSError as error:
         raise CheckpointError(f"{path} can be read by the first process but not here: {error}") from None
 
 
@@ -111,15 +112,18 @@ def load(path: Path, kinds: Sequence[str] | None = None) -> Checkpoint:
     for name, described in files.items():
         if found[name] != described:
             raise CheckpointError(f"{path / name} is not the file that was written: its SHA-256 or size differs")
-    if manifest["version"] != VERSION or manifest["step"] != _step(path):
+    if manifest["version"] != VERSION or manifest["step"] != step_of(path):
         raise CheckpointError(f"{path / MANIFEST} is of another step or version")
     return _read(path, files, kinds)
 
 
 def _read(path: Path, files: Iterable[str], kinds: Sequence[str] | None) -> Checkpoint:
-    record = json.loads((path / STATE).read_text())
     stored = [Path(name).stem for name in files if name.endswith(".safetensors")]
-    tensors = {kind: load_file(_file(path, kind)) for kind in stored if kinds is None or kind in kinds}
+    try:
+        record = json.loads((path / STATE).read_text())
+        tensors = {kind: load_file(_file(path, kind)) for kind in stored if kinds is None or kind in kinds}
+    except (OSError, ValueError, SafetensorError) as error:  # pruned by the training while another process reads it
+        raise CheckpointError(f"{path}: {error}") from None
     return Checkpoint(path, record["step"], tensors, record)
 
 
@@ -129,7 +133,7 @@ def newest(folder: Path, kinds: Sequence[str] | None = None) -> Checkpoint | Non
     Raises CheckpointError when there are checkpoints and none is whole.
     """
     reasons = []
-    for path in reversed(_paths(folder)):
+    for path in reversed(paths(folder)):
         try:
             return load(path, kinds)
         except CheckpointError as error:
@@ -188,7 +192,7 @@ class Writer:
 
 def forget_after(folder: Path, position: int) -> None:
     """Delete the checkpoints whose data lies beyond a position of the stream: a run that goes back leaves them."""
-    for path in _paths(folder):
+    for path in paths(folder):
         try:
             record = json.loads((path / STATE).read_text())
             beyond = record["cursor"]["position"] > position
@@ -199,12 +203,40 @@ def forget_after(folder: Path, position: int) -> None:
 
 
 def prune(folder: Path, keep: int) -> None:
-    """Delete all but the newest `keep` checkpoints, and what interrupted saves left behind."""
-    for path in [*_paths(folder)[:-keep], *folder.glob("step_*.tmp-*")]:
+    """Delete all but the newest `keep` checkpoints and the marked ones, and what interrupted saves left behind."""
+    marked = {mark["step"] for mark in marks(folder).values()}
+    old = [path for path in paths(folder)[:-keep] if step_of(path) not in marked]
+    for path in [*old, *folder.glob("step_*.tmp-*")]:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def _paths(folder: Path) -> list[Path]:
+def mark(folder: Path, reason: str, step: int, **details: Any) -> None:
+    """Have `prune` leave the checkpoint of a step, until the mark of this reason goes to another or is removed."""
+    temporary = folder / f".{reason}-{secrets.token_hex(4)}"
+    temporary.write_text(json.dumps({"step": step} | details) + "\n")
+    temporary.replace(folder / f"{reason}.json")
+
+
+def unmark(folder: Path, reason: str) -> None:
+    """Remove a mark; none is fine."""
+    (folder / f"{reason}.json").unlink(missing_ok=True)
+
+
+def marks(folder: Path) -> dict[str, dict[str, Any]]:
+    """The marks by reason. One that cannot be read keeps nothing."""
+    found = {}
+    for path in folder.glob("*.json"):
+        try:
+            said = json.loads(path.read_text())
+            if isinstance(said["step"], int):
+                found[path.stem] = said
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+    return found
+
+
+def paths(folder: Path) -> list[Path]:
+    """The checkpoints in a run's folder of them, oldest first; not looked into."""
     return sorted(path for path in folder.glob("step_*") if path.name.removeprefix("step_").isdigit())
 
 
@@ -212,7 +244,8 @@ def _path(folder: Path, step: int) -> Path:
     return folder / f"step_{step:08}"
 
 
-def _step(path: Path) -> int:
+def step_of(path: Path) -> int:
+    """The step that a checkpoint's folder is named after."""
     return int(path.name.removeprefix("step_"))
 
 

@@ -17,6 +17,12 @@ USAGE = """evaclip: train CLIP models bootstrapped from EVA, and score them zero
   evaclip train RECIPE [--field.sub VALUE]   run one, or continue it with --resume auto; on several GPUs:
                                              torchrun --nproc-per-node 8 -m evaclip train RECIPE
   evaclip zeroshot --dataset D --model RUN   score a trained model
+  evaclip retrieval --dataset D --model M    find captions and images: flickr30k, coco
+  evaclip probe --dataset D --model M        a linear classifier and nearest neighbours on its image features
+  evaclip watch RUN                          score a run's checkpoints while it trains, and mark the best
+  evaclip average RUN --last 3 --out DIR     the mean of a run's last checkpoints as a model of its own
+  evaclip compare A.json B.json              two models on the same images: who is better, and is it chance
+  evaclip report RUN_OR_FOLDER               all scores below a folder as one page
   evaclip data caption RECIPE ...            a labelled data set as image-text shards
   evaclip data plan RECIPE                   links, images, disk, hours and cost of a public set, before it is fetched
   evaclip data download RECIPE               its lists of links, downloaded to shards; goes on where it was stopped
@@ -183,6 +189,12 @@ VERBS: dict[str, Callable[[list[str]], int | None]] = {
     "train": train,
     "zeroshot": command("zeroshot", "evaclip.evaluate", "ZeroShotCommand", "run_zero_shot"),
     "convert": command("convert", "evaclip.convert", "ConvertCommand", "run_convert"),
+    "retrieval": command("retrieval", "evaclip.retrieve", "RetrievalCommand", "run_retrieval"),
+    "probe": command("probe", "evaclip.probe", "ProbeCommand", "run_probe"),
+    "watch": command("watch", "evaclip.watch", "WatchCommand", "run_watch"),
+    "average": command("average", "evaclip.average", "AverageCommand", "run_average"),
+    "compare": command("compare", "evaclip.evals.comparison", "CompareCommand", "run_compare"),
+    "report": command("report", "evaclip.report.summary", "ReportCommand", "run_report"),
     "data": data,
     "doctor": doctor,
 }

@@ -1,15 +1,20 @@
 """The configuration of a run: the parts' own configurations, put together, printed and stored."""
 
 import json
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol, runtime_checkable
+
+import torch
 
 from evaclip.checkpoint import CheckpointConfig
 from evaclip.data.shards import DataConfig
 from evaclip.engine import EngineConfig
 from evaclip.errors import CheckpointError, InputError, near_path
-from evaclip.evals.zero_shot import ZeroShotConfig
+from evaclip.evals.linear_probe import Probe, ProbeConfig
+from evaclip.evals.retrieval import Retrieval, RetrievalConfig
+from evaclip.evals.zero_shot import ZeroShot, ZeroShotConfig
 from evaclip.guard.health import GuardConfig
 from evaclip.log import LogConfig
 from evaclip.models.shapes import ClipShape
@@ -20,14 +25,38 @@ from evaclip.optim import OptimConfig
 from evaclip.records import structured
 
 
+@runtime_checkable
+class Evaluator(Protocol):
+    """Scores a model beside the training."""
+
+    def __call__(self, model: Any, device: torch.device, folder: Path) -> Iterable[tuple[str, float]]:
+        """Numbers by name; files for the report go to `folder`."""
+        ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class EvalConfig:
     """Benchmarks beside the training."""
 
     every: int = 0
     """Steps between two evaluations; 0 evaluates at the end only."""
+    beside: bool = False
+    """Leave the benchmarks to `evaclip watch`, a process of its own that scores the checkpoints."""
     zero_shot: tuple[ZeroShotConfig, ...] = ()
-    """The benchmarks."""
+    """The benchmarks of classification."""
+    retrieval: tuple[RetrievalConfig, ...] = ()
+    """The benchmarks of finding captions and images."""
+    probe: tuple[ProbeConfig, ...] = ()
+    """The benchmarks whose training images a linear probe is fitted on."""
+
+    def build(self) -> Mapping[str, Evaluator]:
+        """The evaluators by kind and name; each finds its data now, so that a wrong path is known before the work."""
+        found = (
+            [("zero_shot", ZeroShot(part)) for part in self.zero_shot]
+            + [("retrieval", Retrieval(part)) for part in self.retrieval]
+            + [("probe", Probe(part)) for part in self.probe]
+        )
+        return {f"{kind}/{evaluator.card.name}": evaluator for kind, evaluator in found}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,7 +117,7 @@ class RunConfig:
         if isinstance(self.objective, MimConfig):
             if self.start_from or self.vision_init or self.text_init:
                 raise InputError("masked image modelling starts from random: it takes no weights to start from")
-            if self.evals.zero_shot:
+            if self.evals.zero_shot or self.evals.retrieval:
                 raise InputError("masked image modelling has no text tower to score zero-shot with")
 
 

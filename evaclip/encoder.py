@@ -97,10 +97,11 @@ class Encoder:
 def load_encoder(source: str | Path, device: torch.device | str = "cpu") -> Encoder:
     """A model by the folder of a run, the folder of an export, a file of weights, or an open_clip name.
 
-    `source`: a run's folder (its newest whole checkpoint); a folder with `open_clip_config.json`; Hugging Face's folder
-    of a CLIPModel; a file of weights, `FILE` of a published EVA-CLIP or of OpenAI's, and `NAME:FILE` with the name of a
-    shape of ours or a model of open_clip's; `NAME:TAG` or `NAME` of open_clip, with random weights only where TAG is
-    the word `random`; `hf-hub:ORGANISATION/NAME`. Raises CheckpointError or InputError with one sentence.
+    `source`: a run's folder (its newest whole checkpoint) or that of one of its checkpoints; a folder with
+    `open_clip_config.json`; Hugging Face's folder of a CLIPModel; a file of weights, `FILE` of a published EVA-CLIP or
+    of OpenAI's, and `NAME:FILE` with the name of a shape of ours or a model of open_clip's; `NAME:TAG` or `NAME` of
+    open_clip, with random weights only where TAG is the word `random`; `hf-hub:ORGANISATION/NAME`. Raises
+    CheckpointError or InputError with one sentence.
     """
     folder, device = Path(source), torch.device(device)
     if (folder / "open_clip_config.json").is_file():
@@ -119,20 +120,40 @@ def load_encoder(source: str | Path, device: torch.device | str = "cpu") -> Enco
     return _from_open_clip(name, tag or _only_tag(name), device)
 
 
-def clip_of_run(run_dir: Path) -> tuple[Clip, dict[str, str]]:
-    """The towers of a run's newest whole checkpoint, and where they come from. Raises CheckpointError."""
+def clip_of_run(folder: Path) -> tuple[Clip, dict[str, str]]:
+    """The towers of a run's newest whole checkpoint, and where they come from. Raises CheckpointError.
+
+    `folder` may also be one of the folders in the run's `checkpoints/`.
+    """
+    if (folder / checkpoint.MANIFEST).is_file():
+        return clip_of_checkpoint(checkpoint.load(folder, kinds=("model",)))
+    _shape_and_loss(folder)  # or a sentence that says what is wrong with the folder
+    found = checkpoint.newest(folder / "checkpoints", kinds=("model",))
+    if found is None:
+        raise CheckpointError(f"the run in {folder} has no checkpoint yet")
+    return clip_of_checkpoint(found)
+
+
+def clip_of_checkpoint(found: checkpoint.Checkpoint) -> tuple[Clip, dict[str, str]]:
+    """The towers of a run's checkpoint that has been read, and where they come from. Raises CheckpointError."""
+    run_dir = found.path.parents[1]
+    shape, loss = _shape_and_loss(run_dir)
+    model = Clip(shape, logit_bias=loss == "sigmoid")
+    model.load_state_dict(found.tensors["model"])
+    origin = {"name": model.shape.name, "run": str(run_dir), "step": str(found.step)}
+    if "averaged" in found.record:  # written by `evaclip average`
+        origin["averaged"] = ", ".join(map(str, found.record["averaged"]))
+    return model.eval(), origin
+
+
+def _shape_and_loss(run_dir: Path) -> tuple[ClipShape, str]:
     path = run_dir / "config.json"
     try:
         config = json.loads(path.read_text())
         shape, loss = config["model"], config["objective"]["loss"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{run_dir} is not the folder of a run that has two towers: {error}") from None
-    found = checkpoint.newest(run_dir / "checkpoints", kinds=("model",))
-    if found is None:
-        raise CheckpointError(f"the run in {run_dir} has no checkpoint yet")
-    model = Clip(structured(shape, ClipShape, path), logit_bias=loss == "sigmoid")
-    model.load_state_dict(found.tensors["model"])
-    return model.eval(), {"name": model.shape.name, "run": str(run_dir), "step": str(found.step)}
+    return structured(shape, ClipShape, path), loss
 
 
 def _from_run(folder: Path, device: torch.device) -> Encoder:

@@ -170,9 +170,13 @@ class RunLog:
 
 
 def read_log(folder: Path) -> list[dict[str, Any]]:
-    """The records of a run's log.jsonl; an unfinished last line is left out."""
+    """The records of a run's log.jsonl."""
+    return read_lines(folder / "log.jsonl")
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The records of a JSONL file, none if it does not exist; an unfinished last line is left out."""
     records = []
-    path = folder / "log.jsonl"
     for line in path.read_text().splitlines() if path.exists() else []:
         try:
             records.append(json.loads(line))

@@ -1,4 +1,4 @@
-"""Finds the folders that travel with the code: `zero_shot/`, `data_recipes/`, `slurm/`.
+"""Finds the folders that travel with the code: `zero_shot/`, `retrieval/`, `data_recipes/`, `slurm/`.
 
 In a checkout they lie at the top level; a wheel carries them inside the package. The checkout wins, because an
 editable install can leave an old copy in site-packages.

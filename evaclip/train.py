@@ -12,13 +12,12 @@ from torch import nn
 
 from evaclip import checkpoint
 from evaclip.bootstrap import as_begun, initial_weights
-from evaclip.config import RunConfig, described
+from evaclip.config import Evaluator, RunConfig, described
 from evaclip.data.pipeline import Cursor, Stream
 from evaclip.data.shards import ShardSet
 from evaclip.distributed import any_of, from_main, is_main, main_first, rank, world_size
 from evaclip.engine import Engine, build_engine
 from evaclip.errors import DivergedError
-from evaclip.evals.zero_shot import ZeroShot
 from evaclip.guard.health import Health, write_dump
 from evaclip.guard.heartbeat import Heartbeat
 from evaclip.guard.signals import StopRequest
@@ -52,7 +51,7 @@ def _train(config: RunConfig) -> Outcome:
             claim(config.run_dir, config)
         shards = ShardSet(config.data)
     torch.manual_seed(config.seed)
-    evaluators = [ZeroShot(part) for part in config.evals.zero_shot]
+    evaluators = [] if config.evals.beside else list(config.evals.build().values())
     found = newest_of_all(config.run_dir / "checkpoints") if config.resume == "auto" else None
     before = phase_before(config) if found is None else None
     initial = None
@@ -80,7 +79,7 @@ def _train(config: RunConfig) -> Outcome:
 
 
 def _loop(
-    config: RunConfig, engine: Engine, shards: ShardSet, evaluators: list[ZeroShot], stream: Stream, step: int
+    config: RunConfig, engine: Engine, shards: ShardSet, evaluators: list[Evaluator], stream: Stream, step: int
 ) -> Outcome:
     """The steps. The state of the data travels with the batches, the state of everything else is the engine's."""
     guard, folder, saved, cursor = config.guard, config.run_dir, step, stream.cursor
@@ -187,7 +186,7 @@ def _go_back(
     return found
 
 
-def evaluate(evaluators: list[ZeroShot], engine: Engine, run_dir: Path, step: int) -> list[tuple[str, float]]:
+def evaluate(evaluators: list[Evaluator], engine: Engine, run_dir: Path, step: int) -> list[tuple[str, float]]:
     """Every benchmark's numbers at a step, on the first process; files go to `evals/step_N/` of the run."""
     student = engine.whole_student() if evaluators else None
     if student is None:

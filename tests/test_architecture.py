@@ -14,7 +14,7 @@ PACKAGE = Path(evaclip.__file__).parent
 ROWS = (
     {"cli"},
     {"quickstart"},
-    {"evaluate", "curate", "doctor", "plan", "export", "search", "convert"},
+    {"evaluate", "retrieve", "probe", "watch", "average", "curate", "doctor", "plan", "export", "search", "convert"},
     {"train"},
     {"meter", "resume"},
     {"recipes", "bootstrap"},

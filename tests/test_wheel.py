@@ -28,7 +28,7 @@ def test_a_wheel_carries_the_folders_and_finds_them(tmp_path):
         "import evaclip\n"
         f"assert str(evaclip.__file__).startswith({str(tmp_path)!r}), evaclip.__file__\n"
         "assert 'cifar10' in known_cards()\n"
-        "for folder in ('zero_shot', 'data_recipes', 'slurm'):\n"
+        "for folder in ('zero_shot', 'retrieval', 'data_recipes', 'slurm'):\n"
         "    assert any(shipped(folder).iterdir()), folder\n"
     )
     run = [sys.executable, "-c", code]

@@ -5,15 +5,21 @@
 
 import base64
 import json
+import os
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import jinja2
-import numpy as np
 
-from evaclip.log import read_log
+from evaclip.errors import InputError
+from evaclip.log import read_lines, read_log
 from evaclip.report.plots import confusion_matrix, curves, png, prediction_grid
+from evaclip.report.results import Result, read_result
 
+# What `evaclip watch` leaves beside the log of the training, in the run's folder.
+SCORES = Path("evals") / "scores.jsonl"
 # Curves of the page: title, the logged names, and whether they are shares.
 CURVES = (
     ("loss", ("loss",), False),
@@ -22,6 +28,8 @@ CURVES = (
     ("gradient norm before clipping", ("gradient_norm/visual", "gradient_norm/text"), False),
     ("images per second", ("images_per_second",), False),
 )
+# Kinds of benchmarks, and the titles of their curves.
+TRENDS = {"zero_shot": "zero-shot accuracy", "retrieval": "retrieval recall", "probe": "probes"}
 
 PAGE = """<!doctype html>
 <html lang="en">
@@ -41,14 +49,14 @@ PAGE = """<!doctype html>
 <p class="quiet">{{ summary }}</p>
 {% for event in events %}<p>step {{ event.step }}: {{ event.event }}</p>{% endfor %}
 {% if scores %}
-<h2>Zero-shot scores at step {{ scores[0].step }}</h2>
+<h2>Scores at step {{ scores[0].step }}</h2>
 <table>
 <tr><th>benchmark<th>images<th>metric<th>score<th>95 % interval</tr>
 {% for score in scores %}{% for metric, value in score.metrics.items() %}
 <tr><td>{{ score.title }}<td class="number">{{ "{:,}".format(score.images) }}<td>{{ metric }}
 <td class="number">{{ "%.2f"|format(100 * value) }}
-<td class="number">{{ "%.2f"|format(100 * score.interval95[metric][0]) }} to
-{{ "%.2f"|format(100 * score.interval95[metric][1]) }}</tr>
+<td class="number">{% if metric in score.interval95 %}{{ "%.2f"|format(100 * score.interval95[metric][0]) }} to
+{{ "%.2f"|format(100 * score.interval95[metric][1]) }}{% endif %}</tr>
 {% endfor %}{% endfor %}
 </table>
 {% endif %}
@@ -56,7 +64,7 @@ PAGE = """<!doctype html>
 <div class="plots">
 {% for plot in plots %}<img alt="{{ plot.title }}" src="data:image/png;base64,{{ plot.data }}">{% endfor %}
 </div>
-{% for score in scores %}
+{% for score in scores if score.grid %}
 <h2>{{ score.title }}: images and predictions</h2>
 <img alt="images with predictions" src="data:image/png;base64,{{ score.grid }}">
 <h2>{{ score.title }}: confusion</h2>
@@ -70,19 +78,16 @@ PAGE = """<!doctype html>
 
 def write_run_report(run_dir: Path) -> Path:
     """Draw the run in `run_dir` from its log and its newest scores."""
-    records = read_log(run_dir)
+    records = [*read_log(run_dir), *read_lines(run_dir / SCORES)]
     config = json.loads((run_dir / "config.json").read_text())
     pictures: dict[str, bytes] = {}
     for title, names, percent in CURVES:
         series = {name: _series(records, name) for name in names}
         if any(steps for steps, _ in series.values()):
             pictures[title] = png(curves(series, title, percent))
-    zero_shot = sorted({name for record in records for name in record if name.startswith("zero_shot/")})
-    if zero_shot:
-        shown = {name.removeprefix("zero_shot/"): _series(records, name) for name in zero_shot}
-        pictures = {"zero-shot accuracy": png(curves(shown, "zero-shot accuracy", percent=True))} | pictures
+    pictures = _trends(records) | pictures
     plots = [{"title": title, "data": _inline(data)} for title, data in pictures.items()]
-    scores = [_score(path, pictures) for path in _newest_scores(run_dir)]
+    scores = [_score(result, pictures) for result in _newest_scores(run_dir)]
     folder = run_dir / "report"
     folder.mkdir(exist_ok=True)
     for title, data in pictures.items():
@@ -100,31 +105,47 @@ def write_run_report(run_dir: Path) -> Path:
         )
     )
     path = run_dir / "report.html"
-    path.write_text(page)
+    temporary = path.with_name(f".{path.name}-{os.getpid()}")  # the training and a watch may write at once
+    temporary.write_text(page)
+    temporary.replace(path)
     return path
 
 
+def _trends(records: list[dict[str, Any]]) -> dict[str, bytes]:
+    """A picture of the scores over steps for each kind of benchmark."""
+    pictures = {}
+    for kind, title in TRENDS.items():
+        names = sorted({name for record in records for name in record if name.startswith(f"{kind}/")})
+        if names:
+            shown = {name.removeprefix(f"{kind}/"): _series(records, name) for name in names}
+            pictures[title] = png(curves(shown, title, percent=True))
+    return pictures
+
+
 def _series(records: list[dict[str, Any]], name: str) -> tuple[list[int], list[float]]:
-    found = [(record["step"], record[name]) for record in records if name in record]
+    found = sorted({record["step"]: record[name] for record in records if name in record}.items())
     return [step for step, _ in found], [value for _, value in found]
 
 
-def _newest_scores(run_dir: Path) -> list[Path]:
+def _newest_scores(run_dir: Path) -> Iterator[Result]:
+    """The results of the newest step that has any; one that a watch is just writing comes with the next report."""
     folders = sorted((run_dir / "evals").glob("step_*"))
-    return sorted(folders[-1].glob("*.json")) if folders else []
+    for path in sorted(folders[-1].glob("*.json")) if folders else []:
+        with suppress(InputError):
+            yield read_result(path)
 
 
-def _score(path: Path, pictures: dict[str, bytes]) -> dict[str, Any]:
+def _score(result: Result, pictures: dict[str, bytes]) -> dict[str, Any]:
     """A result with its two pictures, which are added to `pictures` as well."""
-    record = json.loads(path.read_text())
-    with np.load(path.with_suffix(".npz"), allow_pickle=False) as stored:
-        arrays = dict(stored)
+    record, arrays = result.record, result.arrays
+    step = int(result.path.parent.name.removeprefix("step_"))
+    if "shown" not in arrays:  # retrieval has no classes
+        return record | {"step": step, "grid": None}
     classes, predictions, labels = arrays["classes"].tolist(), arrays["predictions"], arrays["labels"]
     shown = arrays["shown"]
     grid = png(prediction_grid(arrays["thumbnails"], predictions[shown], labels[shown], classes))
     confusion = png(confusion_matrix(predictions, labels, classes))
     pictures |= {f"grid of {record['dataset']}": grid, f"confusion of {record['dataset']}": confusion}
-    step = int(path.parent.name.removeprefix("step_"))
     return record | {"step": step, "grid": _inline(grid), "confusion": _inline(confusion)}
 
 

@@ -180,7 +180,7 @@ def test_evaluation_beside_the_training_lands_in_log_and_report(tmp_path, shards
     scored = [r["step"] for r in read_log(tmp_path / "run") if "zero_shot/cifar10/top1" in r]
     assert scored == [4, 6]
     page = (tmp_path / "run" / "report.html").read_text()
-    assert "Zero-shot scores at step 6" in page and "CIFAR-10: confusion" in page
+    assert "Scores at step 6" in page and "CIFAR-10: confusion" in page
     names = {path.stem for path in (tmp_path / "run" / "report").glob("*.png")}
     assert {"loss", "zero-shot_accuracy", "grid_of_cifar10", "confusion_of_cifar10"} <= names
 

@@ -56,7 +56,8 @@ def run(tmp_path):
         folder = tmp_path / "evals" / f"step_{step:08}"
         folder.mkdir(parents=True)
         record = {
-            "dataset": "made", "title": "Made", "images": 3, "metrics": {"top1": step / 10},
+            "dataset": "made", "title": "Made", "images": 3, "metrics": {"top1": step / 10}, "headline": "top1",
+            "model": {"name": "m"},
             "interval95": {"top1": [0.1, 0.9]},
         }  # fmt: skip
         (folder / "made.json").write_text(json.dumps(record))
@@ -69,7 +70,7 @@ def run(tmp_path):
 
 def test_a_report_shows_the_newest_scores_and_escapes_what_it_shows(run):
     page = write_run_report(run).read_text()
-    assert "Zero-shot scores at step 8" in page and "80.00" in page
+    assert "Scores at step 8" in page and "80.00" in page
     assert "step 8 of 9" in page and "something &lt;happened&gt;" in page and "<b>x</b>" not in page
     assert len(re.findall("data:image/png;base64,", page)) == 5
     assert not re.search(r"(src|href)=\"(?!data:)", page)  # nothing is fetched
