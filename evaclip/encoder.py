@@ -23,6 +23,7 @@ from evaclip import checkpoint
 from evaclip.data.tokenizer import clip_tokenizer, cut_to_longest
 from evaclip.data.transforms import MEAN, STD, evaluation_pixels
 from evaclip.errors import CheckpointError, InputError, near_path
+from evaclip.exported import MANIFEST, Manifest, load_towers, read_manifest, verify
 from evaclip.models.clip import Clip
 from evaclip.models.shapes import ClipShape
 from evaclip.openclip import create_model, get_tokenizer, list_pretrained_tags_by_model
@@ -108,8 +109,12 @@ class Encoder:
     @torch.inference_mode()
     def images(self, pixels: UInt8[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch dim"]:
         """Unit rows, float32, on the encoder's device."""
-        prepared = self.preprocessing.normalized(pixels.to(self.device))
-        return F.normalize(self._towers.encode_image(prepared).float(), dim=1)
+        return self.prepared(self.preprocessing.normalized(pixels.to(self.device)))
+
+    @torch.inference_mode()
+    def prepared(self, images: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch dim"]:
+        """Unit rows of images that are normalised already."""
+        return F.normalize(self._towers.encode_image(images.to(self.device)).float(), dim=1)
 
     @torch.inference_mode()
     def texts(self, captions: Sequence[str], batch: int = 1024) -> Float[Tensor, "captions dim"]:
@@ -139,11 +144,14 @@ def weights_hash(state: Mapping[str, Tensor]) -> str:
 def load_encoder(source: str | Path, device: torch.device | str = "cpu") -> Encoder:
     """A model by the folder of a run, the folder of an export, or an open_clip name.
 
-    `source`: a run's folder (its newest whole checkpoint); a folder with `open_clip_config.json`; `NAME:TAG` or `NAME`
-    of open_clip, with random weights only where TAG is the word `random`; `hf-hub:ORGANISATION/NAME`. Raises
-    CheckpointError or InputError with one sentence.
+    `source`: a run's folder (its newest whole checkpoint); what `evaclip export` writes; a folder with
+    `open_clip_config.json`; `NAME:TAG` or `NAME` of open_clip, with random weights only where TAG is the word `random`;
+    `hf-hub:ORGANISATION/NAME`. Raises CheckpointError or InputError with one sentence.
     """
     folder, device = Path(source), torch.device(device)
+    manifest = read_manifest(folder)
+    if manifest is not None and manifest.format != "open_clip":
+        return encoder_of_export(folder, manifest, device)
     if (folder / "open_clip_config.json").is_file():
         return _from_open_clip(f"local-dir:{folder}", None, device)
     if folder.is_dir():
@@ -190,6 +198,27 @@ def encoder_of(model: Clip, origin: dict[str, str]) -> Encoder:
     )
 
 
+def encoder_of_export(folder: Path, manifest: Manifest, device: torch.device, *, trusted: bool = False) -> Encoder:
+    """An encoder of an export that is not open_clip's. `trusted`: whether its files may be programs of torch.export."""
+    verify(folder, manifest)
+    try:
+        model = load_towers(folder, manifest, device, trusted=trusted)
+    except InputError:
+        raise
+    except Exception as error:  # timm, onnxruntime, torch.export and safetensors raise a dozen kinds
+        raise CheckpointError(f"{folder} cannot be loaded: {str(error).strip().splitlines()[0]}") from None
+    tokenizer = clip_tokenizer(manifest.shape.text.context)
+    return Encoder(
+        name=manifest.name,
+        model=model,
+        preprocessing=structured(manifest.preprocessing, Preprocessing, folder / MANIFEST),
+        tokenizer=lambda captions: cut_to_longest(tokenizer(captions)),
+        device=device,
+        origin=manifest.origin | {"export": str(folder)},
+        known_space=manifest.space_id,
+    )
+
+
 def _only_tag(name: str) -> str:
     """The weights of a name that come first in open_clip's list, which are the authors' own."""
     tags = list_pretrained_tags_by_model(name)
@@ -201,7 +230,7 @@ def _only_tag(name: str) -> str:
 def _from_open_clip(name: str, tag: str | None, device: torch.device) -> Encoder:
     weights = None if tag == "random" else tag
     try:
-        model = create_model(name, pretrained=weights, device=device)
+        model = create_model(name, pretrained=weights, device=device, **_own_trunk(name))
         tokenizer = get_tokenizer(name)
     except Exception as error:  # open_clip and the hub raise a dozen kinds for a file that is not there
         raise InputError(
@@ -225,3 +254,14 @@ def _from_open_clip(name: str, tag: str | None, device: torch.device) -> Encoder
         device=device,
         origin={"name": name} | ({"weights": tag} if tag else {}),
     )
+
+
+def _own_trunk(name: str) -> dict[str, Any]:
+    """A tower that timm has no name for lies beside the weights, wherever the folder has been moved to since."""
+    folder = Path(name.removeprefix("local-dir:"))
+    if not name.startswith("local-dir:") or not (folder / "config.json").is_file():
+        return {}
+    vision = json.loads((folder / "open_clip_config.json").read_text())["model_cfg"]["vision_cfg"]
+    if ":" not in vision.get("timm_model_name", ""):
+        return {}
+    return {"vision_cfg": vision | {"timm_model_name": name, "timm_model_pretrained": False}}

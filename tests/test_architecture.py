@@ -18,8 +18,9 @@ ROWS = (
     {"train"},
     {"recipes"},
     {"config"},
-    {"objectives", "evals", "guard"},
+    {"objectives", "evals", "guard", "inference"},
     {"encoder"},
+    {"exported"},
     {"data", "models", "optim", "engine", "checkpoint", "report"},
     {"distributed", "keyed", "log", "records", "shipped", "openclip", "errors"},
 )
