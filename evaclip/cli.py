@@ -23,6 +23,7 @@ USAGE = """evaclip: train CLIP models bootstrapped from EVA, and score them zero
   evaclip average RUN --last 3 --out DIR     the mean of a run's last checkpoints as a model of its own
   evaclip compare A.json B.json              two models on the same images: who is better, and is it chance
   evaclip report RUN_OR_FOLDER               all scores below a folder as one page
+  evaclip export RUN DIR --to FORMAT         a trained model for open_clip, timm, ONNX, torch.export
   evaclip data caption RECIPE ...            a labelled data set as image-text shards
   evaclip data plan RECIPE                   links, images, disk, hours and cost of a public set, before it is fetched
   evaclip data download RECIPE               its lists of links, downloaded to shards; goes on where it was stopped
@@ -195,6 +196,7 @@ VERBS: dict[str, Callable[[list[str]], int | None]] = {
     "average": command("average", "evaclip.average", "AverageCommand", "run_average"),
     "compare": command("compare", "evaclip.evals.comparison", "CompareCommand", "run_compare"),
     "report": command("report", "evaclip.report.summary", "ReportCommand", "run_report"),
+    "export": command("export", "evaclip.export.command", "ExportCommand", "run_export"),
     "data": data,
     "doctor": doctor,
 }

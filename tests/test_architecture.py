@@ -19,8 +19,9 @@ ROWS = (
     {"meter", "resume"},
     {"recipes", "bootstrap"},
     {"config"},
-    {"objectives", "evals", "guard"},
+    {"objectives", "evals", "guard", "inference"},
     {"encoder"},
+    {"exported"},
     {"data", "models", "optim", "engine", "checkpoint", "report"},
     {"distributed", "keyed", "log", "records", "shipped", "openclip", "fetch", "errors"},
 )

@@ -16,7 +16,7 @@ def test_help_names_every_verb(capfd):
     assert all(f"evaclip {verb}" in said for verb in VERBS)
 
 
-@pytest.mark.parametrize("verb", ["zeroshot", "quickstart"])
+@pytest.mark.parametrize("verb", ["zeroshot", "quickstart", "export"])
 def test_each_verb_explains_its_fields(verb, capfd):
     with pytest.raises(SystemExit) as exit:
         main([verb, "--help"])

@@ -63,7 +63,7 @@ class VisionTower(nn.Module):
             if self.mask_token is None:
                 raise ValueError("this tower was built without a mask token")
             x = torch.where(mask[..., None], self.mask_token.to(x.dtype), x)
-        x = torch.cat([trunk.cls_token.expand(len(x), -1, -1), x], dim=1) + trunk.pos_embed
+        x = torch.cat([trunk.cls_token.expand(x.shape[0], -1, -1), x], dim=1) + trunk.pos_embed
         rotary = trunk.rope.get_embed() if trunk.rope is not None else None
         if keep is not None:
             patches = x[:, 1:].gather(1, keep[..., None].expand(-1, -1, x.shape[-1]))
@@ -97,28 +97,31 @@ def _scaled(branch: Tensor, factors: Tensor | None, which: int) -> Tensor:
     return branch if factors is None else branch * factors[:, which, None, None].to(branch.dtype)
 
 
-def _build_trunk(shape: VisionShape, dim: int) -> Eva:
-    extra: dict[str, Any] = {"norm_layer": partial(RmsNorm, eps=1e-6)} if shape.rms_norm else {}
-    trunk = Eva(
-        img_size=shape.image_size,
-        patch_size=shape.patch_size,
-        embed_dim=shape.width,
-        depth=shape.depth,
-        num_heads=shape.heads,
+def trunk_arguments(shape: VisionShape) -> dict[str, Any]:
+    """What timm's `Eva` is built with, all of it plain numbers; the head's width and RMSNorm are not among them."""
+    return {
+        "img_size": shape.image_size,
+        "patch_size": shape.patch_size,
+        "embed_dim": shape.width,
+        "depth": shape.depth,
+        "num_heads": shape.heads,
         # timm takes a ratio and rounds down; the half keeps the product above the whole number it stands for.
-        mlp_ratio=(shape.mlp_hidden + 0.5) / shape.width,
-        qkv_bias=shape.qkv_bias,
-        qkv_fused=not shape.sub_ln,
-        swiglu_mlp=shape.swiglu,
-        scale_mlp=shape.sub_ln,
-        scale_attn_inner=shape.sub_ln,
-        use_rot_pos_emb=shape.rope,
-        ref_feat_shape=(shape.rope_grid, shape.rope_grid) if shape.rope else None,
-        use_post_norm=shape.post_norm,
-        global_pool="token",
-        num_classes=dim if shape.head_bias else 0,
-        **extra,
-    )
+        "mlp_ratio": (shape.mlp_hidden + 0.5) / shape.width,
+        "qkv_bias": shape.qkv_bias,
+        "qkv_fused": not shape.sub_ln,
+        "swiglu_mlp": shape.swiglu,
+        "scale_mlp": shape.sub_ln,
+        "scale_attn_inner": shape.sub_ln,
+        "use_rot_pos_emb": shape.rope,
+        "ref_feat_shape": (shape.rope_grid, shape.rope_grid) if shape.rope else None,
+        "use_post_norm": shape.post_norm,
+        "global_pool": "token",
+    }
+
+
+def _build_trunk(shape: VisionShape, dim: int) -> Eva:
+    norm: dict[str, Any] = {"norm_layer": partial(RmsNorm, eps=1e-6)} if shape.rms_norm else {}
+    trunk = Eva(**trunk_arguments(shape), num_classes=dim if shape.head_bias else 0, **norm)
     if not shape.head_bias:  # timm's own head always has one
         trunk.head = nn.Linear(shape.width, dim, bias=False)
         nn.init.trunc_normal_(trunk.head.weight, std=0.02 * 0.001)

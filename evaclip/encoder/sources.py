@@ -1,26 +1,19 @@
-"""A trained dual encoder, whoever trained it: images and captions in, unit vectors out.
-
-Everything that uses a model without training it (benchmarks, teachers, export, search, filtering) takes an `Encoder`,
-so each of them works with a run of ours, an exported folder, and any model of open_clip.
-"""
+"""Where an encoder comes from: a run of ours, an export, a file of weights in any layout, a model of open_clip."""
 
 import json
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from jaxtyping import Float, UInt8
 from PIL import Image
-from torch import Tensor, nn
 
 from evaclip import checkpoint
 from evaclip.data.tokenizer import clip_tokenizer, cut_to_longest
-from evaclip.data.transforms import MEAN, STD, evaluation_pixels
+from evaclip.encoder.dual import Encoder, Preprocessing, encoder_of
 from evaclip.errors import CheckpointError, InputError, near_path
+from evaclip.exported import MANIFEST, Manifest, load_towers, read_manifest, verify
 from evaclip.log import say
 from evaclip.models.clip import Clip
 from evaclip.models.shapes import SHAPES, ClipShape
@@ -29,81 +22,20 @@ from evaclip.models.weights.plain import plain_clip, published_shape
 from evaclip.openclip import create_model, get_tokenizer, list_pretrained_tags_by_model
 from evaclip.records import structured
 
-Triple = tuple[float, float, float]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Preprocessing:
-    """How an image becomes what the image tower takes."""
-
-    size: int
-    """Pixels of a side."""
-    mean: Triple = MEAN
-    """Subtracted from each channel, pixels counted from 0 to 1."""
-    std: Triple = STD
-    """Divides each channel."""
-    interpolation: str = "bicubic"
-    """PIL's filter of the resize."""
-    resize: str = "shortest"
-    """`shortest`: the shortest side becomes `size`, then the centre is cut out; `squash`: both sides become `size`."""
-
-    def pixels(self, image: Image.Image) -> UInt8[Tensor, "3 size size"]:
-        """An image resized and cropped."""
-        filter = Image.Resampling[self.interpolation.upper()]
-        if self.resize == "squash":
-            image = image.convert("RGB").resize((self.size, self.size), filter)
-        return evaluation_pixels(image, self.size, filter)
-
-    def normalized(self, pixels: UInt8[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch 3 height width"]:
-        """float32, on the pixels' device."""
-        mean = torch.tensor(self.mean, device=pixels.device)[:, None, None]
-        std = torch.tensor(self.std, device=pixels.device)[:, None, None]
-        return (pixels.to(torch.float32) / 255 - mean) / std
-
-
-@dataclass(frozen=True, kw_only=True)
-class Encoder:
-    """Two towers into one space, and what they take."""
-
-    name: str
-    """What the model is called."""
-    model: nn.Module
-    """Has `encode_image(normalised images)` and `encode_text(token ids)`; features are not normalised."""
-    preprocessing: Preprocessing
-    tokenizer: Callable[[Sequence[str]], Tensor]
-    """Captions to padded rows of ids."""
-    device: torch.device
-    origin: dict[str, str] = field(default_factory=dict)
-    """Where the weights come from, for records."""
-
-    @torch.inference_mode()
-    def images(self, pixels: UInt8[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch dim"]:
-        """Unit rows, float32, on the encoder's device."""
-        prepared = self.preprocessing.normalized(pixels.to(self.device))
-        return F.normalize(self._towers.encode_image(prepared).float(), dim=1)
-
-    @torch.inference_mode()
-    def texts(self, captions: Sequence[str], batch: int = 1024) -> Float[Tensor, "captions dim"]:
-        """Unit rows, float32, on the encoder's device."""
-        tokens = self.tokenizer(captions)
-        parts = [self._towers.encode_text(part.to(self.device)).float() for part in tokens.split(batch)]
-        return F.normalize(torch.cat(parts), dim=1)
-
-    @property
-    def _towers(self) -> Any:
-        return self.model
-
 
 def load_encoder(source: str | Path, device: torch.device | str = "cpu") -> Encoder:
     """A model by the folder of a run, the folder of an export, a file of weights, or an open_clip name.
 
-    `source`: a run's folder (its newest whole checkpoint) or that of one of its checkpoints; a folder with
-    `open_clip_config.json`; Hugging Face's folder of a CLIPModel; a file of weights, `FILE` of a published EVA-CLIP or
-    of OpenAI's, and `NAME:FILE` with the name of a shape of ours or a model of open_clip's; `NAME:TAG` or `NAME` of
-    open_clip, with random weights only where TAG is the word `random`; `hf-hub:ORGANISATION/NAME`. Raises
-    CheckpointError or InputError with one sentence.
+    `source`: a run's folder (its newest whole checkpoint) or that of one of its checkpoints; what `evaclip export`
+    writes; a folder with `open_clip_config.json`; Hugging Face's folder of a CLIPModel; a file of weights, `FILE` of a
+    published EVA-CLIP or of OpenAI's, and `NAME:FILE` with the name of a shape of ours or a model of open_clip's;
+    `NAME:TAG` or `NAME` of open_clip, with random weights only where TAG is the word `random`;
+    `hf-hub:ORGANISATION/NAME`. Raises CheckpointError or InputError with one sentence.
     """
     folder, device = Path(source), torch.device(device)
+    manifest = read_manifest(folder)
+    if manifest is not None and manifest.format != "open_clip":
+        return encoder_of_export(folder, manifest, device)
     if (folder / "open_clip_config.json").is_file():
         return _from_open_clip(f"local-dir:{folder}", None, device)
     if folder.is_file() or _is_hugging_face(folder):
@@ -159,19 +91,6 @@ def _shape_and_loss(run_dir: Path) -> tuple[ClipShape, str]:
 def _from_run(folder: Path, device: torch.device) -> Encoder:
     model, origin = clip_of_run(folder)
     return encoder_of(model.to(device), origin)
-
-
-def encoder_of(model: Clip, origin: dict[str, str]) -> Encoder:
-    """An encoder of towers that are in memory, on the device where they are."""
-    tokenizer = clip_tokenizer(model.shape.text.context)
-    return Encoder(
-        name=model.shape.name,
-        model=model,
-        preprocessing=Preprocessing(size=model.shape.vision.image_size),
-        tokenizer=lambda captions: cut_to_longest(tokenizer(captions)),
-        device=model.logit_scale.device,
-        origin=origin,
-    )
 
 
 def _is_hugging_face(folder: Path) -> bool:
@@ -244,6 +163,27 @@ def _described_preprocessing(folder: Path, size: int) -> Preprocessing:
     return Preprocessing(size=size, mean=(a, b, c), std=(d, e, f), interpolation=filter)
 
 
+def encoder_of_export(folder: Path, manifest: Manifest, device: torch.device, *, trusted: bool = False) -> Encoder:
+    """An encoder of an export that is not open_clip's. `trusted`: whether its files may be programs of torch.export."""
+    verify(folder, manifest)
+    try:
+        model = load_towers(folder, manifest, device, trusted=trusted)
+    except InputError:
+        raise
+    except Exception as error:  # timm, onnxruntime, torch.export and safetensors raise a dozen kinds
+        raise CheckpointError(f"{folder} cannot be loaded: {str(error).strip().splitlines()[0]}") from None
+    tokenizer = clip_tokenizer(manifest.shape.text.context)
+    return Encoder(
+        name=manifest.name,
+        model=model,
+        preprocessing=structured(manifest.preprocessing, Preprocessing, folder / MANIFEST),
+        tokenizer=lambda captions: cut_to_longest(tokenizer(captions)),
+        device=device,
+        origin=manifest.origin | {"export": str(folder)},
+        known_space=manifest.space_id,
+    )
+
+
 def _only_tag(name: str) -> str:
     """The weights of a name that come first in open_clip's list, which are the authors' own."""
     tags = list_pretrained_tags_by_model(name)
@@ -255,7 +195,7 @@ def _only_tag(name: str) -> str:
 def _from_open_clip(name: str, tag: str | None, device: torch.device) -> Encoder:
     weights = None if tag == "random" else tag
     try:
-        model = create_model(name, pretrained=weights, device=device)
+        model = create_model(name, pretrained=weights, device=device, **_own_trunk(name))
         tokenizer = get_tokenizer(name)
     except Exception as error:  # open_clip and the hub raise a dozen kinds for a file that is not there
         raise InputError(
@@ -279,3 +219,14 @@ def _from_open_clip(name: str, tag: str | None, device: torch.device) -> Encoder
         device=device,
         origin={"name": name} | ({"weights": tag} if tag else {}),
     )
+
+
+def _own_trunk(name: str) -> dict[str, Any]:
+    """A tower that timm has no name for lies beside the weights, wherever the folder has been moved to since."""
+    folder = Path(name.removeprefix("local-dir:"))
+    if not name.startswith("local-dir:") or not (folder / "config.json").is_file():
+        return {}
+    vision = json.loads((folder / "open_clip_config.json").read_text())["model_cfg"]["vision_cfg"]
+    if ":" not in vision.get("timm_model_name", ""):
+        return {}
+    return {"vision_cfg": vision | {"timm_model_name": name, "timm_model_pretrained": False}}

@@ -1,0 +1,19 @@
+"""Trained dual encoders, one way to all of them.
+
+Everything that uses a model without training it (benchmarks, teachers, export, search, filtering) takes an `Encoder`,
+so each of them works with a run of ours, an exported folder, and any model of open_clip.
+"""
+
+from evaclip.encoder.dual import Encoder, Preprocessing, encoder_of, weights_hash
+from evaclip.encoder.sources import clip_of_checkpoint, clip_of_run, encoder_of_export, load_encoder
+
+__all__ = [
+    "Encoder",
+    "Preprocessing",
+    "clip_of_checkpoint",
+    "clip_of_run",
+    "encoder_of",
+    "encoder_of_export",
+    "load_encoder",
+    "weights_hash",
+]
