@@ -4,10 +4,13 @@ Everything that uses a model without training it (benchmarks, teachers, export, 
 so each of them works with a run of ours, an exported folder, and any model of open_clip.
 """
 
+import hashlib
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +30,19 @@ from evaclip.models.shapes import SHAPES, ClipShape
 from evaclip.models.weights import Weights, as_layout, load_whole, read_weights
 from evaclip.models.weights.plain import plain_clip, published_shape
 from evaclip.openclip import create_model, get_tokenizer, list_pretrained_tags_by_model
-from evaclip.records import structured
+from evaclip.records import structured, unstructured
 
 Triple = tuple[float, float, float]
+# Tokenizers that agree on these agree on captions: case, punctuation, numbers, entities, broken and foreign characters,
+# white space, emoji, nothing at all, and more tokens than any tower takes.
+TOKENIZER_PROBES = (
+    "a photo of a Cat.",
+    "TWO dogs & 12,345 birds -- isn't it?",
+    "caf\u00e9 &amp; cr&egrave;me; \u00c3\u00a9t\u00c3\u00a9",
+    "\u6771\u4eac\u306e\u591c\u666f \U0001f5fc  tabs\tand\nlines ",
+    "",
+    "many words " * 1000,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +88,26 @@ class Encoder:
     device: torch.device
     origin: dict[str, str] = field(default_factory=dict)
     """Where the weights come from, for records."""
+    known_space: str | None = None
+    """The `space_id` of the model that this one was made from, where its own weights cannot tell."""
+
+    @cached_property
+    def space_id(self) -> str:
+        """What two sets of vectors must share to be compared: 32 hexadecimal digits.
+
+        A hash of the weights as float32 (by name; without the logit scale and bias, which no vector depends on), the
+        preprocessing, and the ids that the tokenizer gives to TOKENIZER_PROBES. So a run, its open_clip export and that
+        export loaded on another device have the same one; a step of training, another resize or another context length
+        makes a new one. Computed once, at the speed of SHA-256 on a few threads.
+        """
+        if self.known_space is not None:
+            return self.known_space
+        parts = [weights_hash(self.model.state_dict()), json.dumps(unstructured(self.preprocessing), sort_keys=True)]
+        for probe in TOKENIZER_PROBES:
+            ids = self.tokenizer([probe])[0].tolist()
+            used = max((place for place, id in enumerate(ids, 1) if id), default=0)  # without padding
+            parts.append(json.dumps(ids[:used]))
+        return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
 
     @torch.inference_mode()
     def images(self, pixels: UInt8[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch dim"]:
@@ -92,6 +125,19 @@ class Encoder:
     @property
     def _towers(self) -> Any:
         return self.model
+
+
+def weights_hash(state: Mapping[str, Tensor]) -> str:
+    """SHA-256 over names, shapes and float32 values of everything that decides a vector's direction."""
+
+    def line(name: str) -> str:
+        value = state[name].detach()
+        flat = value.to("cpu", torch.float32).contiguous().numpy().data
+        return f"{name} {list(value.shape)} {hashlib.sha256(flat).hexdigest()}"
+
+    names = sorted(name for name in state if name not in ("logit_scale", "logit_bias"))
+    with ThreadPoolExecutor(4) as pool:
+        return hashlib.sha256("\n".join(pool.map(line, names)).encode()).hexdigest()
 
 
 def load_encoder(source: str | Path, device: torch.device | str = "cpu") -> Encoder:

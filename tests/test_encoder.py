@@ -1,6 +1,7 @@
 """The one way to a trained model: runs, open_clip folders, open_clip names."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import open_clip
@@ -76,3 +77,20 @@ def test_what_cannot_be_had_is_one_sentence(tmp_path):
     (tmp_path / "open_clip_config.json").write_text("{")
     with pytest.raises(InputError, match=r"cannot be had: .*Without a network"):
         load_encoder(tmp_path)
+
+
+def test_a_space_is_weights_preprocessing_and_tokenizer(open_clip_folder):
+    encoder, again = load_encoder(open_clip_folder), load_encoder(open_clip_folder)
+    assert encoder.space_id == again.space_id and len(encoder.space_id) == 32
+    squashed = replace(encoder.preprocessing, resize="shortest")
+    assert replace(encoder, preprocessing=squashed).space_id != encoder.space_id
+    shorter = open_clip.get_tokenizer(f"local-dir:{open_clip_folder}", context_length=76)
+    assert replace(encoder, tokenizer=shorter).space_id != encoder.space_id
+    assert replace(encoder, known_space="known").space_id == "known"
+    with torch.no_grad():
+        again.model.logit_scale.add_(1)  # moves no vector
+    assert replace(again).space_id == encoder.space_id
+    with torch.no_grad():
+        again.model.visual.proj[0, 0] += 1e-6
+    assert replace(again).space_id != encoder.space_id
+    assert load_encoder("ViT-S-32-alt:random").space_id != encoder.space_id
