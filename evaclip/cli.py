@@ -17,6 +17,10 @@ USAGE = """evaclip: train CLIP models bootstrapped from EVA, and score them zero
   evaclip train RECIPE [--field.sub VALUE]   run one, or continue it with --resume auto; on several GPUs:
                                              torchrun --nproc-per-node 8 -m evaclip train RECIPE
   evaclip zeroshot --dataset D --model RUN   score a trained model
+  evaclip embed SOURCE OUT --model RUN       images or captions to vectors, with a table of what they stand for
+  evaclip index OUT                          make them searchable: exact, or approximate with measured recall
+  evaclip search OUT "a red bicycle"         by words, images, or both; JSON lines or a page of thumbnails
+  evaclip serve OUT                          the same over HTTP, with a page to search with
   evaclip data caption RECIPE ...            a labelled data set as image-text shards
   evaclip data plan RECIPE                   links, images, disk, hours and cost of a public set, before it is fetched
   evaclip data download RECIPE               its lists of links, downloaded to shards; goes on where it was stopped
@@ -182,6 +186,10 @@ VERBS: dict[str, Callable[[list[str]], int | None]] = {
     "train": train,
     "zeroshot": command("zeroshot", "evaclip.evaluate", "ZeroShotCommand", "run_zero_shot"),
     "convert": command("convert", "evaclip.convert", "ConvertCommand", "run_convert"),
+    "embed": command("embed", "evaclip.search.embed", "EmbedCommand", "run_embed"),
+    "index": command("index", "evaclip.search.indexing", "IndexCommand", "run_index"),
+    "search": command("search", "evaclip.search.query", "SearchCommand", "run_search"),
+    "serve": command("serve", "evaclip.search.serve", "ServeCommand", "run_serve"),
     "data": data,
     "doctor": doctor,
 }

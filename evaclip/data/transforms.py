@@ -55,7 +55,7 @@ def training_pixels(
     try:
         if data[:2] == b"\xff\xd8":
             return _mirrored(_training_jpeg(data, size, crop, random), crop, random)
-        pixels = np.array(_opened(data, crop.max_pixels).convert("RGB"))
+        pixels = np.array(opened(data, crop.max_pixels).convert("RGB"))
     except BadImageError:
         raise
     except Image.DecompressionBombError as error:  # PIL's own limit, for those who set ours above it
@@ -119,7 +119,7 @@ def _training_jpeg(
     while factor < 8 and min(height, width) // (2 * factor) >= size:
         factor *= 2
     if colors == "CMYK" or colors == "YCCK":  # libjpeg-turbo cannot turn these into RGB
-        pixels = np.array(_opened(data, crop.max_pixels).convert("RGB"))
+        pixels = np.array(opened(data, crop.max_pixels).convert("RGB"))
         factor = 1
     else:
         least = (math.ceil(full_height / factor), math.ceil(full_width / factor)) if factor > 1 else (0, 0)
@@ -139,8 +139,11 @@ def _resized(pixels: UInt8[np.ndarray, "height width 3"], size: int) -> UInt8[Te
     return F.interpolate(picture, size=(size, size), mode="bicubic", antialias=True)[0]
 
 
-def _opened(data: bytes, max_pixels: int) -> Image.Image:
-    """An image whose header has been read and found harmless; its pixels have not."""
+def opened(data: bytes, max_pixels: int) -> Image.Image:
+    """An image whose header has been read and found harmless; its pixels have not been.
+
+    Raises BadImageError for too many pixels, and what PIL raises for anything that is no image.
+    """
     image = Image.open(io.BytesIO(data), formats=FORMATS)
     _check_pixels(*image.size, max_pixels)
     return image
