@@ -19,6 +19,8 @@ LIBRARIES = ("torch", "timm", "open_clip_torch", "webdataset", "tokenizers", "si
 OPTIONAL = (
     ("flash_attn", "pip install 'evaclip[flash]'", "flash-attn's own attention kernels"),
     ("deepspeed", "pip install 'evaclip[deepspeed]'", "--engine.kind zero1 and zero2"),
+    ("faiss", "pip install 'evaclip[search]'", "approximate indexes of evaclip index"),
+    ("fastapi", "pip install 'evaclip[serve]'", "evaclip serve"),
     ("wandb", "pip install 'evaclip[wandb]'", "logging to Weights & Biases"),
 )
 TOOLS = (

@@ -102,9 +102,16 @@ def _count_rows(path: Path) -> int:
         raise InputError(f"{path} cannot be read: {str(error).splitlines()[0]}") from None
 
 
+def _columns(path: Path) -> list[str]:
+    try:
+        return parquet.read_schema(path).names
+    except (OSError, pa.ArrowException) as error:
+        raise InputError(f"{path} cannot be read: {str(error).splitlines()[0]}") from None
+
+
 def column_named(path: Path, names: tuple[str, ...]) -> str | None:
     """The first of some names that a parquet file has a column for."""
-    columns = parquet.read_schema(path).names
+    columns = _columns(path)
     return next((name for name in names if name in columns), None)
 
 
@@ -144,7 +151,7 @@ def _read_parquet(reading: Reading, path: Path, first: int, last: int) -> Iterat
     key = column_named(path, KEY_NAMES)
     wanted = [name for name in (image if reading.what == "image" else None, caption, key) if name]
     if (image if reading.what == "image" else caption) is None:
-        columns = ", ".join(parquet.read_schema(path).names)
+        columns = ", ".join(_columns(path))
         raise InputError(f"{path} has the columns {columns}; none of them is known to hold {reading.what}s")
     for number, row in _table_rows(path, wanted, first, last):
         name = str(row[key]) if key else f"{path.stem}/{number:08}"
@@ -159,17 +166,20 @@ def _read_parquet(reading: Reading, path: Path, first: int, last: int) -> Iterat
 
 def _table_rows(path: Path, columns: list[str], first: int, last: int) -> Iterator[tuple[int, dict[str, Any]]]:
     """Rows of a parquet file with their numbers; row groups before and after are not read."""
-    file, start = parquet.ParquetFile(path), 0
-    for group in range(file.num_row_groups):
-        count = file.metadata.row_group(group).num_rows
-        if start < last and start + count > first:
-            at = start
-            for batch in file.iter_batches(256, row_groups=[group], columns=columns):
-                if at < last and at + len(batch) > first:
-                    begin, end = max(first - at, 0), min(last - at, len(batch))
-                    yield from enumerate(batch.slice(begin, end - begin).to_pylist(), at + begin)
-                at += len(batch)
-        start += count
+    try:
+        file, start = parquet.ParquetFile(path), 0
+        for group in range(file.num_row_groups):
+            count = file.metadata.row_group(group).num_rows
+            if start < last and start + count > first:
+                at = start
+                for batch in file.iter_batches(256, row_groups=[group], columns=columns):
+                    if at < last and at + len(batch) > first:
+                        begin, end = max(first - at, 0), min(last - at, len(batch))
+                        yield from enumerate(batch.slice(begin, end - begin).to_pylist(), at + begin)
+                    at += len(batch)
+            start += count
+    except (OSError, pa.ArrowException) as error:
+        raise InputError(f"{path} cannot be read: {str(error).splitlines()[0]}") from None
 
 
 def _image_of_row(path: Path, row: int) -> bytes:

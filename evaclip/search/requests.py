@@ -2,18 +2,11 @@
 
 from typing import Annotated
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field
 
 MOST = 32  # texts and images of a request
 
-
-def _encodable(text: str) -> str:
-    """Half of a surrogate pair is no character."""
-    text.encode("utf-8", "strict")
-    return text
-
-
-Text = Annotated[str, Field(min_length=1, max_length=2000), AfterValidator(_encodable)]
+Text = Annotated[str, Field(min_length=1, max_length=2000)]
 Base64 = Annotated[str, Field(min_length=4, description="A JPEG, PNG or WebP file in base64.")]
 Texts = Annotated[list[Text], Field(max_length=MOST)]
 Images = Annotated[list[Base64], Field(max_length=MOST)]

@@ -7,6 +7,7 @@ decoded, and made anew, so that nothing but an image that is in the index ever l
 import base64
 import binascii
 import hmac
+import json
 import threading
 import time
 from collections.abc import Callable
@@ -19,7 +20,8 @@ import anyio
 import anyio.to_thread
 import numpy as np
 import torch
-from fastapi import Depends, FastAPI, HTTPException, Path, Response
+from fastapi import Depends, FastAPI, HTTPException, Path, Request, Response
+from fastapi.exceptions import RequestValidationError
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from PIL import Image
 
@@ -196,6 +198,11 @@ def create_app(
     async def healthz() -> Health:
         """Whether it is up, and what it searches."""
         return Health(status="ok", rows=len(index), space_id=index.space_id, dim=index.dim)
+
+    @app.exception_handler(RequestValidationError)
+    async def unfit(_: Request, error: RequestValidationError) -> Response:
+        told = [{name: one[name] for name in ("loc", "msg", "type")} for one in error.errors()]  # not what was sent
+        return Response(json.dumps({"detail": told}), 422, media_type="application/json")
 
     for path, (name, kind) in PAGE.items():
         _static(app, path, name, kind)
