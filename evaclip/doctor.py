@@ -6,7 +6,7 @@ import platform
 import shutil
 import sys
 from collections.abc import Iterator
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, packages_distributions, version
 
 import torch
 import torch.nn.functional as F
@@ -57,7 +57,7 @@ def findings() -> Iterator[tuple[bool, str, str]]:
         yield works, f"attention kernel {backend.name.lower().removesuffix('_attention')}", why
     for name, how, purpose in OPTIONAL:
         there = importlib.util.find_spec(name) is not None
-        yield there, name, version(name.replace("_", "-")) if there else f"missing, for {purpose}: {how}"
+        yield there, name, version(packages_distributions()[name][0]) if there else f"missing, for {purpose}: {how}"
     for name, how, purpose in TOOLS:
         path = shutil.which(name)
         yield path is not None, name, path or f"missing, for {purpose}: {how}"

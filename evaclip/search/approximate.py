@@ -64,7 +64,7 @@ def build(
         index = faiss.index_factory(dim, f"IDMap2,HNSW{LINKS}_SQ8", faiss.METRIC_INNER_PRODUCT)
         needed = count
     else:
-        lists = max(1, min(round(4 * count**0.5), count // ROWS_PER_LIST, 65_536))
+        lists = max(1, min(round(2 * count**0.5), count // ROWS_PER_LIST, 65_536))
         index = faiss.index_factory(dim, f"IVF{lists},SQ8", faiss.METRIC_INNER_PRODUCT)
         index.cp.max_points_per_centroid = ROWS_PER_LIST
         index.cp.min_points_per_centroid = 1  # few rows are searched well with any centroids

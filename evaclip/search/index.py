@@ -224,16 +224,19 @@ def _finished(source: Path) -> dict[str, Any]:
 
 def _check_keys(index: Index | None, sources: Sequence[Path], said: Sequence[dict[str, Any]]) -> None:
     """A key names one row."""
-    seen = {key for _, key in index.numbered_keys()} if index else set()
+    there = {key for _, key in index.numbered_keys()} if index else set()
+    new: set[str] = set()
     for source, manifest in zip(sources, said, strict=True):
         for number in range(manifest["partitions"]):
             rows = store.read_rows(source / f"{store.partition_name(number)}.parquet", ["key", "status"]).to_pylist()
             for key in (row["key"] for row in rows if row["status"] == "ok"):
-                if key in seen:
+                if key in there:
+                    raise InputError(f"{key!r} of {source} is in the index already: if it has changed, delete it first")
+                if key in new:
                     raise InputError(
-                        f"the key {key!r} of {source} is in the index already: delete it first if it has changed"
+                        f"two rows of {source} have the key {key!r}: give them different ones and embed again"
                     )
-                seen.add(key)
+                new.add(key)
 
 
 def _linked(source: Path, number: int, folder: Path, name: str) -> pa.Table:

@@ -46,7 +46,9 @@ class Reading:
 
     what: What
     root: Path
-    """Keys are relative to it; the images that a table names lie in it."""
+    """Keys are relative to it."""
+    images: Path
+    """The images that a table names lie in it."""
     index_folder: Path
     """Where the indexes of shards lie."""
 
@@ -74,6 +76,11 @@ def original(row: dict[str, Any]) -> bytes:
 def relative(path: Path, root: Path) -> str:
     """A file's name in its collection."""
     return path.relative_to(root).as_posix() if path.is_relative_to(root) else path.name
+
+
+def _stem(path: Path, root: Path) -> str:
+    """A file's name in its collection without its suffix: two files of one name lie in two folders."""
+    return relative(path, root).removesuffix(path.suffix)
 
 
 def _count_lines(path: Path) -> int:
@@ -143,7 +150,9 @@ def _read_shard(reading: Reading, path: Path, first: int, last: int) -> Iterator
             image_at, image_size, caption_at, caption_size = (int(value) for value in index.spans[number])
             caption = span(caption_at, min(caption_size, MAX_CAPTION_BYTES)).decode("utf-8", "replace").strip()
             data = span(image_at, image_size) if 0 < image_size <= MAX_IMAGE_BYTES else None
-            yield Sample(f"{path.stem}/{index.keys[number]}", str(path), "span", image_at, caption, data)
+            yield Sample(
+                f"{_stem(path, reading.root)}/{index.keys[number]}", str(path), "span", image_at, caption, data
+            )
 
 
 def _read_parquet(reading: Reading, path: Path, first: int, last: int) -> Iterator[Sample]:
@@ -154,11 +163,11 @@ def _read_parquet(reading: Reading, path: Path, first: int, last: int) -> Iterat
         columns = ", ".join(_columns(path))
         raise InputError(f"{path} has the columns {columns}; none of them is known to hold {reading.what}s")
     for number, row in _table_rows(path, wanted, first, last):
-        name = str(row[key]) if key else f"{path.stem}/{number:08}"
+        name = str(row[key]) if key else f"{_stem(path, reading.root)}/{number:08}"
         said = str(row[caption] or "") if caption else ""
         value = row[image] if reading.what == "image" and image else None
         if isinstance(value, str):  # a table of paths: the images lie beside it
-            yield _named(name, path, value, said, number, reading.root)
+            yield _named(name, path, value, said, number, reading.images)
             continue
         value = value.get("bytes") if isinstance(value, dict) else value
         yield Sample(name, str(path), "row", number, said, value if isinstance(value, bytes) else None)
@@ -192,7 +201,7 @@ def _image_of_row(path: Path, row: int) -> bytes:
 
 def _read_jsonl(reading: Reading, path: Path, first: int, last: int) -> Iterator[Sample]:
     for number, line in enumerate(lines_of(path, first, last), first):
-        record, key = record_of(line), f"{path.stem}:{number + 1}"
+        record, key = record_of(line), f"{_stem(path, reading.root)}:{number + 1}"
         if record is None:
             yield Sample(key, str(path), "line", number, status="not-json", reason="the line is no JSON object")
             continue
@@ -200,7 +209,7 @@ def _read_jsonl(reading: Reading, path: Path, first: int, last: int) -> Iterator
         caption = next((str(record[name]) for name in CAPTION_NAMES if name in record), "")
         image = next((record[name] for name in IMAGE_NAMES if name in record), None)
         if reading.what == "image":
-            yield _named(key, path, str(image or ""), caption, number, reading.root)
+            yield _named(key, path, str(image or ""), caption, number, reading.images)
         else:
             yield Sample(key, str(path), "line", number, caption)
 
@@ -231,7 +240,7 @@ def _named(key: str, table: Path, name: str, caption: str, number: int, root: Pa
 def _read_text(reading: Reading, path: Path, first: int, last: int) -> Iterator[Sample]:
     for number, line in enumerate(lines_of(path, first, last), first):
         caption = line.decode("utf-8", "replace").strip()
-        yield Sample(f"{path.stem}:{number + 1}", str(path), "line", number, caption)
+        yield Sample(f"{_stem(path, reading.root)}:{number + 1}", str(path), "line", number, caption)
 
 
 COUNTERS: dict[str, Callable[[Path], int]] = {

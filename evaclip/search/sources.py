@@ -4,6 +4,7 @@ A source is a list of files with a number of items in each; any range of items c
 """
 
 import hashlib
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,9 +67,8 @@ def open_source(
     could be meant in two ways.
     """
     files, kind, root = _found(name, kind)
-    if images is not None and kind in ("parquet", "jsonl"):
-        root = images.resolve()
-    reading = Reading(what or _what(kind, files[0]), root, out / "shards")
+    tables = images.resolve() if images else files[0].parent
+    reading = Reading(what or _what(kind, files[0]), root, tables, out / "shards")
     if kind == "shards":
         heads = index_shards(files, index_folder=reading.index_folder)
         counts, identity = [head.samples for head in heads], [head.sha256 for head in heads]
@@ -105,7 +105,7 @@ def _found(name: str, kind: Kind | None) -> tuple[list[Path], Kind, Path]:
     kind = kind or (kinds.pop() if len(kinds) == 1 else None)
     if kind is None:
         raise InputError(f"{name} is neither a folder nor .tar, .parquet, .jsonl or .txt: name one of these")
-    return files, kind, files[0].parent
+    return files, kind, Path(os.path.commonpath([file.parent for file in files]))
 
 
 def _kind_of_folder(path: Path) -> Kind:

@@ -92,6 +92,14 @@ def test_every_layout_gives_the_same_vectors_captions_and_originals(model, tmp_p
         assert np.array_equal(vectors, first), source
 
 
+def test_shards_of_one_name_in_two_folders_have_keys_of_their_own(model, tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        layouts(tmp_path / name, made_pairs(2))
+    assert run(f"{tmp_path}/{{a,b}}/a.tar", tmp_path / "out", "--model", model) == 0
+    assert [row["key"] for row in read(tmp_path / "out")[1]] == ["a/a/000000", "a/a/000001", "b/a/000000", "b/a/000001"]
+
+
 @pytest.mark.parametrize("name", ["lines.txt", "texts.jsonl", "texts.parquet", "images.parquet"])
 def test_captions(name, model, tmp_path):
     captions = ["a cat", "two dogs on a long, long walk", "", "ein Haus"]

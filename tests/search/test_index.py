@@ -115,7 +115,7 @@ def test_an_index_leaves_bad_rows_out_and_survives_append_and_delete(tmp_path, c
     assert main(["index", str(one), "--delete", str(tmp_path / "gone.txt")]) == 2
     assert "has no 'k1300', nor 1 more" in capfd.readouterr().err
     assert main(["index", str(one), "--append", str(two)]) == 2
-    assert "the key 'n0'" in capfd.readouterr().err and len(open_index(one)) == 2496
+    assert "'n0' of" in capfd.readouterr().err and len(open_index(one)) == 2496
 
 
 @pytest.mark.parametrize("kind", ["ivf-sq8", "hnsw"])
@@ -197,6 +197,11 @@ def test_what_must_be_refused(tmp_path, capfd, monkeypatch):
     assert (one / "index" / "index.json").read_text() == before
     monkeypatch.setitem(__import__("sys").modules, "faiss", None)
     refused("pip install 'evaclip[search]'", one, "--kind", "hnsw")
+    twice = made(tmp_path / "twice", vectors[:50])
+    rows = store.read_rows(twice / "part-00000.parquet").to_pylist()
+    rows[7]["key"] = "k3"
+    parquet.write_table(pa.Table.from_pylist(rows, schema=store.SCHEMA), twice / "part-00000.parquet")
+    refused("have the key 'k3': give them different ones", twice)
     small = made(tmp_path / "small", vectors[:50])
     refused("exact search is faster for so few", small, "--kind", "ivf-sq8")
     with store.sole_writer(one / "index"):
