@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 help:
 	@echo "make quickstart   install, train a small EVA-CLIP on handwritten digits, score it, write a report"
 	@echo "make test         install what the tests need, then lint, type-check and run them"
-	@echo "make soak         the long tests"
+	@echo "make soak         the long tests, those of the search page in a chromium among them"
 	@echo "make benchmarks   every benchmark of this machine, results to benchmarks/results/"
 
 # One line for each thing that is missing, before pip says it in fifty.
@@ -25,6 +25,10 @@ $(VENV)/installed: pyproject.toml | $(BIN)/python
 
 $(VENV)/installed-test: pyproject.toml $(VENV)/installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test]'
+	@touch $@
+
+$(VENV)/installed-soak: pyproject.toml $(VENV)/installed-test
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test,soak]'
 	@touch $@
 
 quickstart: $(VENV)/installed
@@ -44,7 +48,7 @@ format: $(VENV)/installed-test
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-soak: $(VENV)/installed-test
+soak: $(VENV)/installed-soak
 	$(BIN)/python -m pytest -m "soak"
 
 benchmarks: $(VENV)/installed-test

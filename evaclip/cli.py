@@ -24,6 +24,10 @@ USAGE = """evaclip: train CLIP models bootstrapped from EVA, and score them zero
   evaclip compare A.json B.json              two models on the same images: who is better, and is it chance
   evaclip report RUN_OR_FOLDER               all scores below a folder as one page
   evaclip export RUN DIR --to FORMAT         a trained model for open_clip, timm, ONNX, torch.export
+  evaclip embed SOURCE OUT --model RUN       images or captions to vectors, with a table of what they stand for
+  evaclip index OUT                          make them searchable: exact, or approximate with measured recall
+  evaclip search OUT "a red bicycle"         by words, images, or both; JSON lines or a page of thumbnails
+  evaclip serve OUT                          the same over HTTP, with a page to search with
   evaclip data caption RECIPE ...            a labelled data set as image-text shards
   evaclip data plan RECIPE                   links, images, disk, hours and cost of a public set, before it is fetched
   evaclip data download RECIPE               its lists of links, downloaded to shards; goes on where it was stopped
@@ -197,6 +201,10 @@ VERBS: dict[str, Callable[[list[str]], int | None]] = {
     "compare": command("compare", "evaclip.evals.comparison", "CompareCommand", "run_compare"),
     "report": command("report", "evaclip.report.summary", "ReportCommand", "run_report"),
     "export": command("export", "evaclip.export.command", "ExportCommand", "run_export"),
+    "embed": command("embed", "evaclip.search.embed", "EmbedCommand", "run_embed"),
+    "index": command("index", "evaclip.search.indexing", "IndexCommand", "run_index"),
+    "search": command("search", "evaclip.search.query", "SearchCommand", "run_search"),
+    "serve": command("serve", "evaclip.search.serve", "ServeCommand", "run_serve"),
     "data": data,
     "doctor": doctor,
 }

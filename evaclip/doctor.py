@@ -6,7 +6,7 @@ import platform
 import shutil
 import sys
 from collections.abc import Iterator
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, packages_distributions, version
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +19,8 @@ LIBRARIES = ("torch", "timm", "open_clip_torch", "webdataset", "tokenizers", "si
 OPTIONAL = (
     ("flash_attn", "pip install 'evaclip[flash]'", "flash-attn's own attention kernels"),
     ("deepspeed", "pip install 'evaclip[deepspeed]'", "--engine.kind zero1 and zero2"),
+    ("faiss", "pip install 'evaclip[search]'", "approximate indexes of evaclip index"),
+    ("fastapi", "pip install 'evaclip[serve]'", "evaclip serve"),
     ("wandb", "pip install 'evaclip[wandb]'", "logging to Weights & Biases"),
 )
 TOOLS = (
@@ -55,7 +57,7 @@ def findings() -> Iterator[tuple[bool, str, str]]:
         yield works, f"attention kernel {backend.name.lower().removesuffix('_attention')}", why
     for name, how, purpose in OPTIONAL:
         there = importlib.util.find_spec(name) is not None
-        yield there, name, version(name.replace("_", "-")) if there else f"missing, for {purpose}: {how}"
+        yield there, name, version(packages_distributions()[name][0]) if there else f"missing, for {purpose}: {how}"
     for name, how, purpose in TOOLS:
         path = shutil.which(name)
         yield path is not None, name, path or f"missing, for {purpose}: {how}"

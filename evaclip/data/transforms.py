@@ -60,7 +60,7 @@ def training_pixels(
     with _bad_images_named():
         if data[:2] == JPEG:
             return _mirrored(_training_jpeg(data, size, crop, random), crop, random)
-        pixels = np.array(_opened(data, crop.max_pixels).convert("RGB"))
+        pixels = np.array(opened(data, crop.max_pixels).convert("RGB"))
     top, left, height, width = crop_box(pixels.shape[0], pixels.shape[1], crop, random)
     return _mirrored(_resized(pixels[top : top + height, left : left + width], size), crop, random)
 
@@ -77,7 +77,7 @@ def image_size(data: bytes, max_pixels: int) -> tuple[int, int]:
             whole_pixels(data, max_pixels)
         return int(width), int(height)
     with _bad_images_named():
-        return _opened(data, max_pixels).size
+        return opened(data, max_pixels).size
 
 
 def whole_pixels(data: bytes, max_pixels: int) -> UInt8[np.ndarray, "height width 3"]:
@@ -88,7 +88,7 @@ def whole_pixels(data: bytes, max_pixels: int) -> UInt8[np.ndarray, "height widt
             _check_pixels(int(width), int(height), max_pixels)
             if colors not in ("CMYK", "YCCK"):
                 return simplejpeg.decode_jpeg(data, "RGB")
-        return np.array(_opened(data, max_pixels).convert("RGB"))
+        return np.array(opened(data, max_pixels).convert("RGB"))
 
 
 def evaluation_pixels(
@@ -157,7 +157,7 @@ def _training_jpeg(
     while factor < 8 and min(height, width) // (2 * factor) >= size:
         factor *= 2
     if colors == "CMYK" or colors == "YCCK":  # libjpeg-turbo cannot turn these into RGB
-        pixels = np.array(_opened(data, crop.max_pixels).convert("RGB"))
+        pixels = np.array(opened(data, crop.max_pixels).convert("RGB"))
         factor = 1
     else:
         least = (math.ceil(full_height / factor), math.ceil(full_width / factor)) if factor > 1 else (0, 0)
@@ -177,8 +177,11 @@ def _resized(pixels: UInt8[np.ndarray, "height width 3"], size: int) -> UInt8[Te
     return F.interpolate(picture, size=(size, size), mode="bicubic", antialias=True)[0]
 
 
-def _opened(data: bytes, max_pixels: int) -> Image.Image:
-    """An image whose header has been read and found harmless; its pixels have not."""
+def opened(data: bytes, max_pixels: int) -> Image.Image:
+    """An image whose header has been read and found harmless; its pixels have not been.
+
+    Raises BadImageError for too many pixels, and what PIL raises for anything that is no image.
+    """
     image = Image.open(io.BytesIO(data), formats=FORMATS)
     _check_pixels(*image.size, max_pixels)
     return image
