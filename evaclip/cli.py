@@ -16,7 +16,8 @@ USAGE = """evaclip: train CLIP models bootstrapped from EVA, and score them zero
   evaclip plan RECIPE --gpus N               memory, arithmetic and hours of one, before it stands in a queue
   evaclip train RECIPE [--field.sub VALUE]   run one, or continue it with --resume auto; on several GPUs:
                                              torchrun --nproc-per-node 8 -m evaclip train RECIPE
-  evaclip zeroshot --dataset D --model RUN   score a trained model
+  evaclip zeroshot --dataset D [--model M]   score a trained model; `--dataset all` runs the twelve benchmarks
+  evaclip frames --dataset D --data --out    take the frames of a video benchmark once
   evaclip data caption RECIPE ...            a labelled data set as image-text shards
   evaclip doctor                             versions, devices, attention kernels, what is missing
 
@@ -165,6 +166,7 @@ VERBS: dict[str, Callable[[list[str]], int | None]] = {
     "plan": plan,
     "train": train,
     "zeroshot": command("zeroshot", "evaclip.evaluate", "ZeroShotCommand", "run_zero_shot"),
+    "frames": command("frames", "evaclip.evals.frame_cache", "FramesCommand", "run_frames"),
     "data": data,
     "doctor": doctor,
 }

@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -74,6 +75,24 @@ def total_of(number: int) -> int:
     told = torch.tensor([number])
     dist.all_reduce(told)
     return int(told)
+
+
+def gathered(value: Any) -> list[Any]:
+    """What each process has, by rank, on all of them; small things, on the CPU."""
+    if world_size() == 1:
+        return [value]
+    found: list[Any] = [None] * world_size()
+    dist.all_gather_object(found, value)
+    return found
+
+
+def from_main(value: Any) -> Any:
+    """What the first process has, on all of them; a small thing, on the CPU."""
+    if world_size() == 1:
+        return value
+    told = [value]
+    dist.broadcast_object_list(told, src=0)
+    return told[0]
 
 
 @contextmanager
