@@ -17,6 +17,7 @@ from evaclip.evals.card import Card
 from evaclip.evals.classifier import cache_of
 from evaclip.evals.explain import explained
 from evaclip.evals.layouts import LabelledImages, find_images
+from evaclip.evals.names import canonical
 from evaclip.evals.protocol import protocol_named
 from evaclip.evals.scores import clip_benchmark_record, save_result, write_json
 from evaclip.evals.suite import check_reference, chosen, summary, verified, why_different
@@ -139,8 +140,9 @@ def _found(command: ZeroShotCommand, cards: list[Card]) -> list[tuple[Card, Labe
 
 def _folder(root: Path, card: Card) -> Path:
     """The folder of a benchmark under one of its names."""
-    names = [card.name, card.name.replace("_", "-"), card.name.replace("_", ""), *card.aliases]
-    return next((root / name for name in names if (root / name).exists()), root / card.name)
+    names = {canonical(name) for name in (card.name, *card.aliases)}
+    below = sorted(root.iterdir()) if root.is_dir() else []
+    return next((path for path in below if path.is_dir() and canonical(path.name) in names), root / card.name)
 
 
 def _split(command: ZeroShotCommand, card: Card) -> str:

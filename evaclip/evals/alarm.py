@@ -25,16 +25,16 @@ def permutation_alarm(labels: np.ndarray, predictions: np.ndarray, classes: tupl
 
     `labels`, `predictions`: int64, one for each image.
     """
-    if not len(labels):
+    fitted, judged = _halves(labels)
+    if not len(judged):
         return None
     count = len(classes)
-    fitted, judged = _halves(labels)
     fit = _confusion(labels[fitted], predictions[fitted], count)
     # A little weight on the diagonal: where images say nothing, a class keeps its name.
     renamed = linear_sum_assignment(fit + 1e-3 * np.eye(count), maximize=True)[1]
     own, truth = predictions[judged], labels[judged]
     plain, permuted = float((own == truth).mean()), float((own == renamed[truth]).mean())
-    error = np.sqrt((permuted * (1 - permuted) + plain * (1 - plain)) / max(len(truth), 1))
+    error = np.sqrt((permuted * (1 - permuted) + plain * (1 - plain)) / len(truth))
     if permuted >= max(LEAST_SCORE, 2 * plain) and permuted - plain > CERTAIN * error:
         return (
             f"the labels are shuffled: {plain:.1%} of the predictions agree with them, {permuted:.1%} would if the "
