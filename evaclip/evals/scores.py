@@ -67,7 +67,7 @@ class ZeroShotResult:
         """Whether the score is from less than the benchmark, or from more."""
         if self.card.coverage == 1:
             return len(self.scored) != self.expected
-        return len(self.scored) < self.card.coverage * self.listed
+        return min(len(self.scored) / max(self.listed, 1), self.listed / self.expected) < self.card.coverage
 
     def accuracy(self, k: int) -> float:
         """Share of images whose true class is among the first k."""

@@ -125,6 +125,8 @@ def parquet_files(folder: Path) -> None:
     table = table.replace_schema_metadata({"huggingface": json.dumps(info)})
     (folder / "data").mkdir(parents=True)
     parquet.write_table(table, folder / "data" / "validation-00000-of-00001.parquet", row_group_size=4)
+    unlabelled = table.set_column(1, "label", arrow.array([-1] * len(SOME)))
+    parquet.write_table(unlabelled, folder / "data" / "test-00000-of-00001.parquet")
 
 
 LAYOUTS: dict[str, tuple[Callable[[Path], None], str]] = {
@@ -330,6 +332,38 @@ def test_the_right_number_of_images_in_the_wrong_classes_is_refused(tmp_path):
         check_count(card, find_images(card, tmp_path))
     result = zero_shot(oracle(card), card, find_images(card, tmp_path), Setting(allow_partial=True))
     assert not result.partial and result.accuracy(1) == 0.75
+
+
+@pytest.mark.parametrize(
+    ("card", "name", "content"),
+    [
+        ("kinetics400", "val.csv", "label,youtube_id,time_start\nyoga,abc,soon\n"),
+        ("kinetics400", "val.csv", b"label,youtube_id\n\xff\xfe,\x00\n"),
+        ("kinetics400", "frames.json", '{"card": "kinetics400", "split": "test", "shards": "many"}'),
+        ("kinetics400", "frames.json", '{"card": "kinetics400", "split": "test"}'),
+        ("cifar100", "test-0.parquet", b"PAR1 junk"),
+        ("cifar100", "test/nshards.txt", "many"),
+        ("cifar100", "cifar-100-python.tar.gz", b"junk"),
+        ("cifar100", "cifar-100-binary/test.bin", b"x" * 3073),
+        ("ucf101", "testlist01.txt", b"\xff\xfe\xfd"),
+        ("imagenet", "ILSVRC2012_img_val.tar", b"junk" * 200),
+    ],
+)
+def test_files_with_other_contents_are_one_sentence(tmp_path, card, name, content):
+    path = tmp_path / "data" / name
+    path.parent.mkdir(parents=True)
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(InputError) as raised:
+        find_images(load_card(card), tmp_path / "data")
+    assert str(tmp_path) in str(raised.value) and "\n" not in str(raised.value)
+
+
+def test_a_row_without_an_image_is_a_bad_file(tmp_path):
+    rows = arrow.table({"img": [{"bytes": None, "path": None}, None], "fine_label": [1, 2]})
+    parquet.write_table(rows, tmp_path / "test-0.parquet")
+    found = find_images(C100, tmp_path)
+    with pytest.raises(ValueError, match=r"row 1 of row group 0 of test-0\.parquet holds no image"):
+        found.open(1)
 
 
 def test_arrays_of_another_shape_are_named(tmp_path):

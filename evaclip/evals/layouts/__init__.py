@@ -30,6 +30,10 @@ READERS: dict[str, Callable[[Card, Path, str], LabelledImages | None]] = {
 }  # fmt: skip
 
 
+# What a reader meets in a list or table that is not what its name says.
+OTHER_CONTENTS = (ValueError, KeyError, TypeError, AttributeError, OSError)
+
+
 def find_images(card: Card, folder: Path, split: str = "test") -> LabelledImages:
     """The images of a benchmark in a folder. Raises InputError that says what was looked for, where."""
     if not folder.exists():
@@ -43,7 +47,10 @@ def find_images(card: Card, folder: Path, split: str = "test") -> LabelledImages
     for layout in card.layouts:
         if layout not in READERS:
             raise InputError(f"card {card.name}: no layout is called {layout!r}; {did_you_mean(layout, READERS)}")
-        found = READERS[layout](card, folder, split)
+        try:
+            found = READERS[layout](card, folder, split)
+        except OTHER_CONTENTS as error:
+            raise InputError(f"{folder} looks like {layout}, but cannot be read as that: {error!r}") from None
         if found is not None:
             return _looked_at(card, found)
     raise InputError(

@@ -15,15 +15,15 @@ from evaclip.evals.layouts.found import LabelledImages, digest_of_contents, stam
 from evaclip.evals.layouts.tree import opened
 from evaclip.evals.names import join_list
 
-# The hub's names for the part that a benchmark calls its test part.
-TEST_NAMES = ("test", "validation", "val")
-
 
 def huggingface_parquet(card: Card, data: Path, split: str) -> LabelledImages | None:
-    """`[data/]<split>-*.parquet`. Only the row group of the wanted image is held in memory."""
+    """`[data/]<split>-*.parquet`, of the card's names for its test part the first (ImageNet's "test" has no labels).
+
+    Only the row group of the wanted image is held in memory.
+    """
     if not data.is_dir():
         return None
-    for name in TEST_NAMES if split == "test" else (split,):
+    for name in [name for name in card.folders if "/" not in name] if split == "test" else [split]:
         files = sorted([*data.glob(f"{name}-*.parquet"), *data.glob(f"data/{name}-*.parquet")])
         if files:
             return _rows(card, files, name)
@@ -55,7 +55,10 @@ def _rows(card: Card, files: list[Path], split: str) -> LabelledImages:
 
     def open(number: int) -> Image.Image:
         file, group, row = places[number]
-        return opened(group_of(file, group)[row].as_py()["bytes"])
+        data = (group_of(file, group)[row].as_py() or {}).get("bytes")
+        if not isinstance(data, bytes):
+            raise ValueError(f"row {row} of row group {group} of {file.name} holds no image")
+        return opened(data)
 
     labels = _named_labels(card, columns.metadata, label, np.concatenate(numbers), files[0])
     keys = [f"{split}-{row:06}" for row in range(len(labels))]

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from evaclip.data.tar import DamagedTarError, members
 from evaclip.errors import InputError
@@ -122,7 +122,10 @@ def places(card: Card, data: Path, split: str) -> Iterator[Tree]:
 
 def opened(data: bytes) -> Image.Image:
     """An image whose header has been read and found harmless. Raises OSError or ValueError."""
-    image = Image.open(io.BytesIO(data), formats=FORMATS)
+    try:
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+    except UnidentifiedImageError:
+        raise ValueError(f"its {len(data):,} bytes are no JPEG, PNG or WebP image") from None
     if image.width * image.height > MAX_PIXELS:
         raise ValueError(f"{image.width} x {image.height} is more than {MAX_PIXELS:,} pixels")
     return image
