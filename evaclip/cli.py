@@ -16,7 +16,8 @@ USAGE = """evaclip: train CLIP models bootstrapped from EVA, and score them zero
   evaclip plan RECIPE --gpus N               memory, arithmetic and hours of one, before it stands in a queue
   evaclip train RECIPE [--field.sub VALUE]   run one, or continue it with --resume auto; on several GPUs:
                                              torchrun --nproc-per-node 8 -m evaclip train RECIPE
-  evaclip zeroshot --dataset D --model RUN   score a trained model
+  evaclip zeroshot --dataset D [--model M]   score a trained model; `--dataset all` runs the twelve benchmarks
+  evaclip frames --dataset D --data --out    take the frames of a video benchmark once
   evaclip retrieval --dataset D --model M    find captions and images: flickr30k, coco
   evaclip probe --dataset D --model M        a linear classifier and nearest neighbours on its image features
   evaclip watch RUN                          score a run's checkpoints while it trains, and mark the best
@@ -205,6 +206,7 @@ VERBS: dict[str, Callable[[list[str]], int | None]] = {
     "index": command("index", "evaclip.search.indexing", "IndexCommand", "run_index"),
     "search": command("search", "evaclip.search.query", "SearchCommand", "run_search"),
     "serve": command("serve", "evaclip.search.serve", "ServeCommand", "run_serve"),
+    "frames": command("frames", "evaclip.evals.frame_cache", "FramesCommand", "run_frames"),
     "data": data,
     "doctor": doctor,
 }

@@ -1,6 +1,5 @@
 """Where this process stands among its peers, and the few things they tell each other. One process needs no group."""
 
-import json
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -179,17 +178,13 @@ def from_main(value: Told) -> Told:
     return told[0]
 
 
-def gathered(record: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Every process's record, by rank. It travels as JSON: torch's own gathering of objects would unpickle."""
+def gathered(value: Told) -> list[Told]:
+    """What each process has, by rank, in all of them; for small things."""
     if world_size() == 1:
-        return [json.loads(json.dumps(record))]
-    text = torch.frombuffer(bytearray(json.dumps(record).encode()), dtype=torch.uint8)
-    sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(world_size())]
-    dist.all_gather(sizes, torch.tensor([len(text)]))
-    longest = int(torch.cat(sizes).max())
-    texts = [torch.zeros(longest, dtype=torch.uint8) for _ in range(world_size())]
-    dist.all_gather(texts, torch.nn.functional.pad(text, (0, longest - len(text))))
-    return [json.loads(bytes(other[: int(size)].tolist())) for other, size in zip(texts, sizes, strict=True)]
+        return [value]
+    found: list[Any] = [None] * world_size()
+    dist.all_gather_object(found, value)
+    return found
 
 
 @contextmanager

@@ -64,7 +64,7 @@ class Meter:
 
     def _name_straggler(self, step: int, waiting: float) -> None:
         """All wait for the process that waits for its data; once, it is named."""
-        shares = [float(other["waiting"]) for other in gathered({"waiting": waiting})]
+        shares = gathered(waiting)
         slowest = max(range(world_size()), key=shares.__getitem__)
         if shares[slowest] < statistics.median(shares) + STARVED or f"straggler {slowest}" in self._warned:
             return

@@ -58,7 +58,7 @@ def run_quickstart(command: QuickstartCommand) -> float:
     if outcome.stopped_by is not None:
         raise KeyboardInterrupt
     say("3/3  scoring the saved model, as `evaclip zeroshot` does")
-    top1 = run_zero_shot(ZeroShotCommand(dataset="digits", model=run_dir, data=data, workers=0))
+    top1 = run_zero_shot(ZeroShotCommand(dataset="digits", model=str(run_dir), data=data, workers=0))
     say(f"look at {run_dir / 'report.html'}; it took {clock(time.monotonic() - start)}")
     return top1
 

@@ -24,10 +24,10 @@ def test_a_wheel_carries_the_folders_and_finds_them(tmp_path):
     assert tops == {"evaclip", f"evaclip-{wheel.name.split('-')[1]}.dist-info"}
     code = (
         "from evaclip.shipped import shipped\n"
-        "from evaclip.evals.card import known_cards\n"
+        "from evaclip.evals.card import known_cards, load_card\n"
         "import evaclip\n"
         f"assert str(evaclip.__file__).startswith({str(tmp_path)!r}), evaclip.__file__\n"
-        "assert 'cifar10' in known_cards()\n"
+        "assert 'cifar10' in known_cards() and len(load_card('imagenet').classes) == 1000\n"
         "for folder in ('zero_shot', 'retrieval', 'data_recipes', 'slurm'):\n"
         "    assert any(shipped(folder).iterdir()), folder\n"
     )

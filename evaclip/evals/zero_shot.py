@@ -1,52 +1,37 @@
-"""Zero-shot classification (arXiv 2103.00020, section 3.1): a class is the mean of its prompts.
+"""Zero-shot classification (arXiv 2103.00020, section 3.1): an image belongs to the class with the highest cosine.
 
-Each prompt's feature is normalised, the mean over a class's templates is normalised again, and an image belongs to
-the class with the highest cosine. Features and logits are float32 whatever the towers compute in: in 16 bits, several
-per cent of ImageNet's images have two best classes. A tie goes to the class that the card names first.
+Features and logits are float32 whatever the towers compute in: in 16 bits, several per cent of ImageNet's images have
+two best classes. A tie goes to the class that the card names first, which also decides between ImageNet's two classes
+called "missile" and its two called "sunglasses".
 """
 
-import hashlib
-import json
-import platform
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
-from importlib.metadata import version
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int64
-from scipy.stats import binomtest
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
-from evaclip.data.tokenizer import clip_tokenizer, cut_to_longest
-from evaclip.data.transforms import evaluation_pixels, normalized
+from evaclip.distributed import gathered
+from evaclip.encoder import Encoder, encoder_of
 from evaclip.errors import InputError
 from evaclip.evals.card import Card, load_card
+from evaclip.evals.classifier import Cache, class_embeddings
+from evaclip.evals.features import FeatureSource, refuse_too_many_bad
 from evaclip.evals.layouts import LabelledImages, find_images
-from evaclip.log import progress
+from evaclip.evals.protocol import PROTOCOLS, Protocol, View, view_of
+from evaclip.evals.scores import ZeroShotResult, save_result
+from evaclip.models.clip import Clip
 
-PREPROCESSING = "shortest side to {size} px, bicubic (PIL), centre crop, CLIP mean and deviation"
-TIE_RULE = "a tie goes to the class that the card names first"
 # Images whose thumbnails are kept for the report, spread evenly over the data set.
 THUMBNAILS = 48
-
-
-@runtime_checkable
-class DualEncoder(Protocol):
-    """What is evaluated: anything with two encoders into one space."""
-
-    def encode_image(self, images: Any) -> Tensor:
-        """Features of normalised images, not normalised."""
-        ...
-
-    def encode_text(self, tokens: Any) -> Tensor:
-        """Features of token ids, not normalised."""
-        ...
+# Share of files that may be damaged before a score is refused; of videos the card's coverage decides.
+BAD_SHARE = 0.001
+# A list of videos may be longer than the card's copy of it by this factor.
+MOST_VIDEOS = 1.1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,73 +48,18 @@ class ZeroShotConfig:
     """Processes that decode; 0 decodes in the main process."""
 
 
-@dataclass(frozen=True)
-class ZeroShotResult:
-    """The outcome on one benchmark; arrays are in the order of the images."""
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """How benchmarks are run, whichever they are."""
 
-    card: Card
-    images: LabelledImages
-    predictions: np.ndarray
-    """int64: the predicted class of each image."""
-    ranks: np.ndarray
-    """int64: how many classes come before the true one."""
-    shown: np.ndarray
-    """int64: the images whose thumbnails were kept."""
-    thumbnails: np.ndarray
-    """uint8 [shown, size, size, 3]: those images as the tower saw them."""
-    seconds: float
-
-    def accuracy(self, k: int) -> float:
-        """Share of images whose true class is among the first k."""
-        return float((self.ranks < k).mean())
-
-    def metrics(self) -> dict[str, float]:
-        """Top-1, and top-5 where there are more than five classes."""
-        tops = [1, 5] if len(self.card.classes) > 5 else [1]
-        return {f"top{k}": self.accuracy(k) for k in tops}
-
-    def interval(self, k: int = 1) -> tuple[float, float]:
-        """Wilson's 95 % interval of the top-k accuracy."""
-        found = binomtest(int((self.ranks < k).sum()), len(self.ranks)).proportion_ci(0.95, method="wilson")
-        return float(found.low), float(found.high)
-
-    def per_class(self) -> dict[str, float]:
-        """Top-1 accuracy of each class that has images."""
-        correct, labels = self.ranks < 1, self.images.labels
-        return {
-            name: float(correct[labels == number].mean())
-            for number, name in enumerate(self.card.classes)
-            if (labels == number).any()
-        }
-
-    def record(self, model: dict[str, Any], size: int) -> dict[str, Any]:
-        """Everything that is needed to trust the number, as JSON."""
-        card = self.card
-        prompts = "\n".join(prompt for name in card.classes for prompt in card.prompts(name))
-        return {
-            "dataset": card.name,
-            "title": card.title,
-            "model": model,
-            "images": len(self.images),
-            "partial": len(self.images) != card.count,
-            "headline": card.headline,
-            "metrics": self.metrics(),
-            "interval95": {name: self.interval(int(name[3:])) for name in self.metrics()},
-            "per_class": self.per_class(),
-            "reference": [asdict(reference) for reference in card.reference],
-            "protocol": {
-                "preprocessing": PREPROCESSING.format(size=size),
-                "logits": "float32",
-                "ties": TIE_RULE,
-                "templates": len(card.templates),
-                "prompts_sha256": hashlib.sha256(prompts.encode()).hexdigest(),
-            },
-            "data": {"layout": self.images.layout, "sha256": self.images.fingerprint},
-            "versions": {name: version(name) for name in ("evaclip", "torch", "timm", "pillow")}
-            | {"python": platform.python_version()},
-            "date": time.strftime("%Y-%m-%d"),
-            "seconds": round(self.seconds, 2),
-        }
+    protocol: Protocol = PROTOCOLS["eva"]
+    batch: int = 256
+    workers: int = 0
+    cache: Cache | None = None
+    share: tuple[int, int] = (0, 1)
+    """This process's number, and how many evaluate together."""
+    allow_partial: bool = False
+    """Whether many damaged files are borne."""
 
 
 class ZeroShot:
@@ -142,74 +72,83 @@ class ZeroShot:
         self.images = find_images(self.card, config.data)
         check_count(self.card, self.images)
 
-    def __call__(self, model: "ShapedEncoder", device: torch.device, folder: Path) -> Iterator[tuple[str, float]]:
-        """Score the model; `folder` receives the JSON and the arrays for the report."""
-        result = zero_shot(model, self.card, self.images, device, self.config.batch, self.config.workers)
-        save_result(result, result.record({"name": model.shape.name}, model.shape.vision.image_size), folder)
+    def __call__(self, model: Clip, device: torch.device, folder: Path) -> Iterator[tuple[str, float]]:
+        """Score the model on its device; `folder` receives the JSON and the arrays for the report."""
+        setting = Setting(batch=self.config.batch, workers=self.config.workers)
+        result = zero_shot(encoder_of(model.to(device), {"name": model.shape.name}), self.card, self.images, setting)
+        save_result(result, result.record({"name": model.shape.name}), folder)
         for name, value in result.metrics().items():
             yield f"zero_shot/{self.card.name}/{name}", value
 
 
-@runtime_checkable
-class ShapedEncoder(DualEncoder, Protocol):
-    """A dual encoder that knows its shape."""
-
-    shape: Any
-
-
-def check_count(card: Card, images: LabelledImages, allow_partial: bool = False) -> None:
-    """Refuse a data set that is not whole."""
-    if len(images) != card.count and not allow_partial:
-        raise InputError(
-            f"{card.title} has {card.count:,} test images, {len(images):,} were found in layout {images.layout}; "
-            "--allow-partial scores what is there"
-        )
+def check_count(card: Card, images: LabelledImages, allow_partial: bool = False, expected: int | None = None) -> None:
+    """Refuse a data set that is not whole: InputError says what is missing."""
+    count, expected = len(images), expected or card.count
+    if not count:
+        raise InputError(f"{card.title}: layout {images.layout} was found, but none of its {expected:,} files")
+    if allow_partial:
+        return
+    if card.coverage < 1:
+        listed = int(images.listed.sum()) if images.listed is not None else expected
+        if card.coverage * listed <= count <= MOST_VIDEOS * expected and listed >= card.coverage * expected:
+            return
+        short = f"{count:,} of {listed:,} listed test videos"
+    elif count == expected:
+        sizes = np.bincount(images.labels, minlength=len(card.classes))
+        if card.per_class and (sizes != card.per_class).any():
+            worst = int(np.abs(sizes - card.per_class).argmax())
+            raise InputError(
+                f"{card.title} has {card.per_class} test images of each class, but {sizes[worst]} of "
+                f"{card.classes[worst]!r} were found in layout {images.layout}: the labels are wrong"
+            )
+        return
+    else:
+        short = f"{count:,}"
+    what = "videos" if card.media == "video" else "images"
+    raise InputError(
+        f"{card.title} has {expected:,} test {what}, {short} were found in layout {images.layout}; "
+        "--allow-partial scores what is there"
+    )
 
 
 @torch.inference_mode()
 def zero_shot(
-    model: ShapedEncoder, card: Card, images: LabelledImages, device: torch.device, batch: int = 256, workers: int = 0
+    encoder: Encoder, card: Card, images: LabelledImages, setting: Setting | None = None, expected: int | None = None
 ) -> ZeroShotResult:
-    """Score a model on the images of a benchmark."""
+    """Score a model on the images of a benchmark; of processes that share the work, each gets the whole result.
+
+    `expected`: how many images there should be, by default what the card says.
+    """
+    setting = setting or Setting()
     start = time.perf_counter()
-    size = model.shape.vision.image_size
-    weights = class_embeddings(model, card, device, model.shape.text.context)
-    pixels = _Pixels(images, size)
-    loader = DataLoader(
-        pixels, batch_size=batch, num_workers=workers, multiprocessing_context="fork" if workers else None
-    )
-    predictions, ranks, thumbnails = [], [], []
-    shown = np.unique(np.linspace(0, len(images) - 1, THUMBNAILS).astype(np.int64))
-    done = 0
-    for block in progress(loader, len(loader), f"scoring {card.title}"):
-        features = F.normalize(model.encode_image(normalized(block.to(device))).float(), dim=1)
-        labels = torch.from_numpy(images.labels[done : done + len(block)]).to(device)
-        best, rank = ranked(features @ weights.T, labels)
-        predictions.append(best.cpu())
-        ranks.append(rank.cpu())
-        inside = shown[(shown >= done) & (shown < done + len(block))] - done
-        thumbnails.append(block[inside].permute(0, 2, 3, 1))
-        done += len(block)
+    view = view_of(setting.protocol, card, encoder.preprocessing)
+    _check_frames(images, view)
+    weights = class_embeddings(encoder, card, setting.cache, setting.share)
+    source = FeatureSource(
+        encoder=encoder, images=images, view=view, batch=setting.batch, workers=setting.workers,
+        cache=setting.cache, share=setting.share,
+    )  # fmt: skip
+    own = _Ranked()
+    for block in source.blocks(f"scoring {card.title}"):
+        own.bad |= block.bad
+        if len(block.numbers):
+            labels = torch.from_numpy(images.labels[block.numbers]).to(encoder.device)
+            best, rank = ranked(block.features.to(encoder.device) @ weights.T, labels)
+            own.parts.append(np.stack([block.numbers, best.cpu().numpy(), rank.cpu().numpy()]))
+    everyone = gathered(own) if setting.share[1] > 1 else [own]
+    bad = {number: reason for part in everyone for number, reason in part.bad.items()}
+    if not setting.allow_partial:
+        refuse_too_many_bad(bad, images, max(BAD_SHARE, 1 - card.coverage), card.title)
+    parts = [array for part in everyone for array in part.parts]
+    if not parts:
+        raise InputError(f"no file of {card.title} can be read, {images.keys[0]} for one ({bad[min(bad)]})")
+    table = np.concatenate(parts, 1)
+    scored, predictions, ranks = table[:, table[0].argsort(kind="stable")]
+    shown = np.unique(np.linspace(0, len(scored) - 1, THUMBNAILS).astype(np.int64))
     return ZeroShotResult(
-        card,
-        images,
-        torch.cat(predictions).numpy(),
-        torch.cat(ranks).numpy(),
-        shown,
-        torch.cat(thumbnails).numpy(),
-        time.perf_counter() - start,
-    )
-
-
-@torch.inference_mode()
-def class_embeddings(
-    model: DualEncoder, card: Card, device: torch.device, context: int = 77, batch: int = 1024
-) -> Float[Tensor, "classes dim"]:
-    """One unit row per class."""
-    tokens = clip_tokenizer(context)([prompt for name in card.classes for prompt in card.prompts(name)])
-    parts = [model.encode_text(cut_to_longest(part).to(device)).float() for part in tokens.split(batch)]
-    features = F.normalize(torch.cat(parts), dim=1)
-    return F.normalize(features.view(len(card.classes), len(card.templates), -1).mean(1), dim=1)
+        card, images, view, scored, predictions, ranks, bad, expected or card.count,
+        shown, _thumbnails(images, view, scored[shown]), time.perf_counter() - start, source.times,
+    )  # fmt: skip
 
 
 def ranked(
@@ -223,33 +162,29 @@ def ranked(
     return best, before.sum(1)
 
 
-def save_result(result: ZeroShotResult, record: dict[str, Any], folder: Path) -> Path:
-    """`<benchmark>.json`, and beside it `.npz` with predictions, labels and thumbnails for the report."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{result.card.name}.json"
-    np.savez_compressed(
-        path.with_suffix(".npz"),
-        predictions=result.predictions,
-        labels=result.images.labels,
-        shown=result.shown,
-        thumbnails=result.thumbnails,
-        classes=np.array(result.card.classes),
-    )
-    path.write_text(json.dumps(record, indent=1) + "\n")
-    return path
+@dataclass
+class _Ranked:
+    """What one process found."""
+
+    parts: list[np.ndarray] = field(default_factory=list)
+    """int64 [3, images] each: number, predicted class, classes before the true one."""
+    bad: dict[int, str] = field(default_factory=dict)
 
 
-class _Pixels(Dataset[Tensor]):
-    """Decoded images; a file that cannot be read is an error that names it."""
+def _thumbnails(images: LabelledImages, view: View, numbers: np.ndarray) -> np.ndarray:
+    """uint8 [images, size, size, 3]: the middle frame of each as the tower sees it."""
+    found = []
+    for number in numbers.tolist():
+        pictures = images.pictures(number, view.frames, view.sampling)
+        found.append(view.pixels(pictures[len(pictures) // 2]).permute(1, 2, 0).numpy())
+    return np.stack(found)
 
-    def __init__(self, images: LabelledImages, size: int) -> None:
-        self.images, self.size = images, size
 
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, number: int) -> Tensor:
-        try:
-            return evaluation_pixels(self.images.open(number), self.size)
-        except (OSError, ValueError, SyntaxError) as error:
-            raise InputError(f"the image {self.images.keys[number]} cannot be read: {error}") from None
+def _check_frames(images: LabelledImages, view: View) -> None:
+    """Frames that were taken by another rule than the protocol's are not silently scored."""
+    if images.frames is not None and images.frames != (view.frames, view.sampling):
+        raise InputError(
+            f"the data holds {images.frames[0]} frames a video taken by {images.frames[1]!r}; the protocol "
+            f"{view.protocol} wants {view.frames} by {view.sampling!r}. Take them with `evaclip frames --protocol "
+            f"{view.protocol}`, or choose another --protocol"
+        )

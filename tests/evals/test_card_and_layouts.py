@@ -32,9 +32,12 @@ def made(seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
 def test_shipped_cards_are_complete(name):
     card = load_card(name)
     assert card.name == name and card.source and card.licence
-    assert len(set(card.classes)) == len(card.classes) >= 2
+    assert len(card.classes) >= 2 and len(set(card.data_labels)) == len(card.data_labels)
     assert card.templates and card.count > 0 and set(card.layouts) <= set(READERS)
-    assert all(0 < reference.top1 <= 100 and reference.source for reference in card.reference)
+    for reference in card.reference:
+        scores = [reference.top1, reference.top5, reference.mean_top1_top5]
+        assert reference.source and getattr(reference, card.headline)
+        assert all(0 < score <= 100 for score in scores if score is not None)
     assert all("{}" not in prompt and name in prompt for name in card.classes for prompt in card.prompts(name))
 
 
@@ -182,7 +185,11 @@ def test_a_pickle_with_code_in_it_is_not_run(tmp_path):
         ("cifar-10-batches-bin/test_batch.bin", b"x" * 3074, "no multiple of 3,073"),
         ("test/airplane/1.png", b"", None),
         ("test/aeroplane/1.png", b"", "holds no test images of CIFAR-10 in a layout known"),
-        ("nothing.txt", b"", "holds no test images of CIFAR-10 in a layout known to this card: huggingface_parquet"),
+        (
+            "nothing.txt",
+            b"",
+            "holds no test images of CIFAR-10 in a layout known to this card: webdataset, ",
+        ),
     ],
 )
 def test_what_is_not_the_data_is_one_sentence(tmp_path, name, content, sentence):
@@ -198,7 +205,7 @@ def test_what_is_not_the_data_is_one_sentence(tmp_path, name, content, sentence)
 def test_a_strange_class_folder_is_not_another_class(tmp_path):
     write_folders(tmp_path)
     (tmp_path / "test" / "trukc").mkdir()
-    with pytest.raises(InputError, match="trukc is no class of CIFAR-10; did you mean truck"):
+    with pytest.raises(InputError, match="'trukc' is no class of CIFAR-10; did you mean truck"):
         find_images(CIFAR, tmp_path)
 
 

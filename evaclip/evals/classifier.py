@@ -1,0 +1,109 @@
+"""The text classifier (arXiv 2103.00020, section 3.1.4): a class is the normalised mean of its prompts' unit features.
+
+Each class is encoded by itself, so that its row is the same bits whichever benchmark asks for it, and in however many
+processes. Rows are kept by the hash of weights, tokenizer and prompts: ImageNet's 1,000 serve -V2, -A, -R and -Sketch.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from evaclip.distributed import from_main, gathered
+from evaclip.encoder import Encoder
+from evaclip.evals.card import Card
+from evaclip.log import progress
+
+# Classes between two writes of the cache, so that an interruption costs little.
+SAVED_EVERY = 100
+# Captions that show which tokenizer it is.
+PROBE = ("A photo of a cat.", "naïve CAFÉ & 2,000 don'ts", "{}" * 60)
+
+
+@dataclass(frozen=True)
+class Cache:
+    """A folder of features of a model, which is known by the hash of its weights."""
+
+    folder: Path
+    weights: str
+
+
+def cache_of(encoder: Encoder, folder: Path) -> Cache:
+    """The cache in a folder for a model; reads all weights once."""
+    return Cache(folder, weights_hash(encoder.model))
+
+
+def class_embeddings(
+    encoder: Encoder, card: Card, cache: Cache | None = None, share: tuple[int, int] = (0, 1)
+) -> Float[Tensor, "classes dim"]:
+    """One unit row per class, float32, on the encoder's device.
+
+    `cache`: rows of earlier calls. `share`: this process's number and how many processes call this together.
+    """
+    rank, ranks = share
+    names = list(dict.fromkeys(card.classes))
+    prompts = {name: card.prompts(name) for name in names}
+    keys = {name: hashlib.sha256("\n".join(prompts[name]).encode()).hexdigest()[:32] for name in names}
+    path = cache.folder / f"classes-{_identity(encoder, cache)[:16]}.safetensors" if cache else None
+    rows = _stored(path)
+    rows = from_main(rows) if ranks > 1 else rows
+    missing = [name for name in names if keys[name] not in rows]
+    own = missing[rank::ranks]
+    new: dict[str, Tensor] = {}
+    for count, name in enumerate(progress(own, len(own), f"encoding {card.title}'s classes"), 1):
+        features = encoder.texts(prompts[name])
+        new[keys[name]] = F.normalize(features.mean(0), dim=0).cpu()
+        if ranks == 1 and count % SAVED_EVERY == 0:
+            _store(path, rows | new)
+    for part in gathered(new) if ranks > 1 else [new]:
+        rows |= part
+    if missing and rank == 0:
+        _store(path, rows)
+    return torch.stack([rows[keys[name]] for name in card.classes]).to(encoder.device)
+
+
+def weights_hash(model: nn.Module) -> str:
+    """SHA-256 of all parameters and buffers, by name."""
+    found = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        data = tensor.detach().cpu().contiguous()
+        found.update(f"{name} {data.dtype} {tuple(data.shape)}\n".encode())
+        found.update(data.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+    return found.hexdigest()
+
+
+def prompts_hash(card: Card) -> str:
+    """SHA-256 of all prompts in the order of the classes."""
+    return hashlib.sha256("\n".join(p for name in card.classes for p in card.prompts(name)).encode()).hexdigest()
+
+
+def _identity(encoder: Encoder, cache: Cache) -> str:
+    """Hash of what the text features depend on besides the prompts."""
+    ids: Sequence[int] = encoder.tokenizer(PROBE).flatten().tolist()
+    return hashlib.sha256(f"{cache.weights} {ids}".encode()).hexdigest()
+
+
+def _stored(path: Path | None) -> dict[str, Tensor]:
+    """The rows of a cache; one that was damaged is as good as none."""
+    if path is None or not path.is_file():
+        return {}
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError):
+        return {}
+
+
+def _store(path: Path | None, rows: dict[str, Tensor]) -> None:
+    if path is None:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_suffix(".new")
+    save_file(rows, beside)
+    beside.replace(path)
