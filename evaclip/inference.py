@@ -6,10 +6,11 @@
     texts = model.encode_text(["a red bicycle", "snow"])
     print(images @ texts.T)
 
-Images are decoded by a few threads while the model works on those before them. A batch that does not fit into memory is
-halved and tried again, and later ones keep the smaller size.
+Images are decoded by a few threads, on a GPU while the model works on those before them. A batch that does not fit into
+memory is halved and tried again, and later ones keep the smaller size.
 """
 
+import itertools
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -63,7 +64,8 @@ class Model:
         pictures = [images] if isinstance(images, str | Path | Image.Image | Tensor) else list(images)
         if not pictures:
             return self.encode_image(Image.new("RGB", (1, 1)))[:0]
-        prepared = in_threads(self._pixels, pictures, self._images.size)
+        overlap = self.encoder.device.type != "cpu"
+        prepared = in_threads(self._pixels, pictures, self._images.size, overlap=overlap)
         return torch.cat(list(self._images.run(prepared, self._image_rows))).numpy()
 
     def encode_text(self, captions: str | Iterable[str]) -> np.ndarray:
@@ -170,16 +172,22 @@ def read_image(path: Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
         raise InputError(f"the image {path} cannot be read as {', '.join(FORMATS)}: {error}") from None
 
 
-def in_threads(work: Callable[[Item], Result], items: Iterable[Item], ahead: int) -> Iterator[Result]:
-    """The work's results in order, computed by a few threads, at most `ahead` items before they are asked for."""
-    waiting: deque[Future[Result]] = deque()
+def in_threads(
+    work: Callable[[Item], Result], items: Iterable[Item], at_once: int, *, overlap: bool
+) -> Iterator[Result]:
+    """The work's results in order, computed by a few threads, at most `at_once` items ahead of the one asked for.
+
+    `overlap`: begin the next items while the results are being used. Without it the threads rest meanwhile: on a CPU
+    they would only take the cores from the model.
+    """
+    left, waiting = iter(items), deque[Future[Result]]()
     pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1))
     try:
-        for item in items:
-            waiting.append(pool.submit(work, item))
-            if len(waiting) > ahead:
-                yield waiting.popleft().result()
-        while waiting:
+        while True:
+            if overlap or not waiting:
+                waiting.extend(pool.submit(work, item) for item in itertools.islice(left, at_once - len(waiting)))
+            if not waiting:
+                return
             yield waiting.popleft().result()
     finally:
         pool.shutdown(cancel_futures=True)

@@ -9,6 +9,7 @@ import onnxruntime
 import open_clip
 import pytest
 import timm
+import tokenizers
 import torch
 import torch.nn.functional as F
 from open_clip.factory import get_model_config
@@ -18,10 +19,12 @@ from safetensors.torch import load_file, save_file
 import evaclip
 from evaclip import checkpoint
 from evaclip.cli import main
+from evaclip.data.tokenizer import clip_tokenizer
 from evaclip.encoder import encoder_of, load_encoder
 from evaclip.errors import InputError
 from evaclip.export.int8 import quantized
-from evaclip.export.parity import compare, golden_images
+from evaclip.export.parity import PROMPTS, compare, golden_images
+from evaclip.export.tokenizer_file import write_tokenizer
 from evaclip.export.weights import TIMM_NAMES, open_clip_config, timm_config, write_open_clip
 from evaclip.exported import MANIFEST
 from evaclip.models.clip import Clip
@@ -139,10 +142,14 @@ def test_a_space_is_the_same_in_every_export(tiny_run, tmp_path):
 
 
 def test_the_manifest_says_what_it_is(tiny_run, tmp_path, capfd):
+    programs = json.loads((export(tiny_run, tmp_path / "programs", "torch_export") / MANIFEST).read_text())
+    assert set(programs["files"]) == {"image.pt2", "text.pt2", "tokenizer.json"}
     manifest = json.loads((export(tiny_run, tmp_path / "out", "evaclip") / MANIFEST).read_text())
     assert manifest["origin"]["step"] == "7" and manifest["config"]["name"] == "eva02_tiny_digits"
     assert manifest["scores"] == {"digits": {"metrics": {"top1": 0.5}}}
     assert set(manifest["files"]) == {"model.safetensors"} and manifest["versions"]["evaclip"] == evaclip.__version__
+    again = json.loads((export(tmp_path / "out", tmp_path / "again", "evaclip") / MANIFEST).read_text())
+    assert again == manifest  # an export of an export tells of the same run
     parity = manifest["parity"]
     assert parity["min_cosine"] == pytest.approx(1) and parity["max_difference"] == 0 and parity["top_match"] == 1
     assert parity["images"] == len(golden_images())
@@ -216,6 +223,21 @@ def test_onnx_runs_any_batch_and_any_length(tiny_run, tmp_path, precision, toler
     assert not any(b"site-packages" in path.read_bytes() for path in folder.glob("*.onnx")), "paths of this machine"
     weights = (tiny_run / "checkpoints" / "step_00000007" / "model.safetensors").stat().st_size
     assert sum(path.stat().st_size for path in folder.glob("*.onnx")) < share * weights + 100_000
+
+
+def test_the_tokenizer_beside_a_program_gives_the_ids_of_ours(tmp_path):
+    write_tokenizer(tmp_path, 77)
+    theirs, ours = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json")), clip_tokenizer(77)
+    strange = [
+        "It's 3pm; we'LL GO!?",
+        "naïve Straße ÉCOLE 北京 привет 😀 x²",
+        "  tabs\tand\nlines ",
+        "a1b2 -- 1,234",
+        "w " * 99,
+    ]
+    for caption in [*strange, *(prompt for prompt in PROMPTS if "&" not in prompt)]:
+        ids = theirs.encode(caption).ids
+        assert ours([caption])[0].tolist() == ids + [0] * (77 - len(ids)), caption
 
 
 def test_int8_weights_are_within_half_a_step_of_each_channel():

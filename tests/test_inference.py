@@ -106,7 +106,8 @@ def test_what_never_fits_and_what_is_no_lack_of_memory():
     assert out_of_memory(error.value)
 
 
-def test_threads_keep_the_order_and_read_only_so_far_ahead():
+@pytest.mark.parametrize("overlap", [False, True])
+def test_threads_keep_the_order_and_read_only_so_far_ahead(overlap):
     asked = []
 
     def items():
@@ -114,8 +115,9 @@ def test_threads_keep_the_order_and_read_only_so_far_ahead():
             asked.append(number)
             yield number
 
-    results = in_threads(lambda number: number * 2, items(), ahead=4)
-    assert [next(results) for _ in range(10)] == list(range(0, 20, 2)) and len(asked) <= 15
+    results = in_threads(lambda number: number * 2, items(), 4, overlap=overlap)
+    assert [next(results) for _ in range(10)] == list(range(0, 20, 2))
+    assert len(asked) == (13 if overlap else 12)
     assert list(results) == list(range(20, 200, 2))
 
 

@@ -19,6 +19,7 @@ from evaclip.encoder import Encoder, encoder_of, encoder_of_export, load_encoder
 from evaclip.errors import CheckpointError, InputError
 from evaclip.export.parity import Parity, compare
 from evaclip.export.programs import Precision, write_onnx, write_torch_export
+from evaclip.export.tokenizer_file import write_tokenizer
 from evaclip.export.weights import TIMM_NAMES, write_open_clip, write_own, write_timm
 from evaclip.exported import MANIFEST, VERSION, Format, Manifest, Tower, described, read_manifest
 from evaclip.log import say
@@ -57,7 +58,9 @@ def run_export(command: ExportCommand) -> None:
     towers = _towers(command)
     if command.out.exists() and (not command.out.is_dir() or any(command.out.iterdir())):
         raise InputError(f"{command.out} is not empty; name a new folder")
+    say(f"reading {command.source}")
     encoder = source_encoder(command.source)
+    say(f"writing {encoder.name} as {command.to}, {command.precision}")
     temporary = command.out.resolve().with_name(f"{command.out.name}.tmp-{secrets.token_hex(4)}")
     try:
         temporary.mkdir(parents=True)
@@ -111,7 +114,7 @@ def _towers(command: ExportCommand) -> tuple[Tower, ...]:
         raise InputError(
             "no EVA tower can be expressed as Hugging Face's CLIPModel: that one has a norm before its first block, no "
             "bias at its patches and its projection, and neither rotary positions nor SwiGLU nor inner norms. "
-            "Take --to timm, open_clip or onnx"
+            "Take --to timm, which transformers reads as AutoModelForImageClassification, or --to open_clip or onnx"
         )
     if command.precision != "fp32" and command.to != "onnx":
         raise InputError(f"--precision {command.precision} is for --to onnx; {command.to} takes the weights in fp32")
@@ -138,6 +141,8 @@ def _write(command: ExportCommand, encoder: Encoder, towers: Sequence[Tower], fo
         write_torch_export(model, towers, folder)
     else:
         write_own(model, towers, folder)
+    if "text" in towers and command.to in ("onnx", "torch_export"):
+        write_tokenizer(folder, model.shape.text.context)
 
 
 def _manifest(command: ExportCommand, encoder: Encoder, towers: tuple[Tower, ...], folder: Path) -> Manifest:
@@ -155,9 +160,7 @@ def _manifest(command: ExportCommand, encoder: Encoder, towers: tuple[Tower, ...
         shape=shape,
         preprocessing=unstructured(encoder.preprocessing),
         tokenizer={"kind": "CLIP byte-pair encoding", "context": shape.text.context, "padding": 0},
-        origin=encoder.origin,
-        config=_record(Path(command.source) / "config.json") if "run" in encoder.origin else {},
-        scores={path.stem: _record(path) for path in sorted(Path(command.source).glob("scores/*.json"))},
+        **_history(Path(command.source), encoder),
         versions={"python": platform.python_version()} | {name: version(name) for name in packages},
         parity={},
         files={path.name: described(path) for path in sorted(folder.iterdir())},
@@ -166,7 +169,18 @@ def _manifest(command: ExportCommand, encoder: Encoder, towers: tuple[Tower, ...
     return manifest
 
 
+def _history(source: Path, encoder: Encoder) -> dict[str, Any]:
+    """Where the weights come from; an export of an export tells of the same run."""
+    earlier = read_manifest(source)
+    if earlier is not None:
+        return {"origin": earlier.origin, "config": earlier.config, "scores": earlier.scores}
+    config = _record(source / "config.json") if "run" in encoder.origin else {}
+    scores = {path.stem: _record(path) for path in sorted(source.glob("scores/*.json"))}
+    return {"origin": encoder.origin, "config": config, "scores": scores}
+
+
 def _compared(encoder: Encoder, folder: Path, manifest: Manifest) -> Parity:
+    say("loading it and comparing its vectors with the model's")
     try:
         if manifest.format == "open_clip":
             export = load_encoder(folder)
