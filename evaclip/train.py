@@ -1,8 +1,6 @@
 """The training loop, the only one."""
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -94,6 +92,7 @@ def _loop(
             fingerprint=shards.fingerprint,
         )
         while step < config.steps and not any_of(bool(stop) or writer.failed is not None):
+            stop.patient = False
             heart.beat(step)
             batch, cursor = next(batches)
             heart.phase("step")
@@ -112,13 +111,13 @@ def _loop(
                 batches, meter, health = iter(stream), Meter(config, stream.times, log), Health(guard)
                 continue
             if due(step, config.evals.every, config.steps):
-                with _patiently(stop, heart, "evaluate"):
-                    for name, value in evaluate(evaluators, engine, folder, step):
-                        log.scalars(step, {name: value})
-                        meter.note(name, value)
+                _take_long(stop, heart, "evaluate")
+                for name, value in evaluate(evaluators, engine, folder, step):
+                    log.scalars(step, {name: value})
+                    meter.note(name, value)
             if due(step, config.checkpoint.every, config.steps):
-                with _patiently(stop, heart, "save"):
-                    saved = save(config, step, engine, cursor, writer)
+                _take_long(stop, heart, "save")
+                saved = save(config, step, engine, cursor, writer)
         stop.answered()
         heart.phase("save")
         if not any_of(writer.failed is not None) and saved != step:
@@ -142,15 +141,10 @@ def _stream(config: RunConfig, engine: Engine, shards: ShardSet, cursor: Cursor)
     )
 
 
-@contextmanager
-def _patiently(stop: StopRequest, heart: Heartbeat, phase: str) -> Iterator[None]:
-    """Inside is no step, and it may take long."""
+def _take_long(stop: StopRequest, heart: Heartbeat, phase: str) -> None:
+    """Until the next step begins, this process or the one that it waits for may take long."""
     heart.phase(phase)
     stop.patient = True
-    try:
-        yield
-    finally:
-        stop.patient = False
 
 
 def _report(

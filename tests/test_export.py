@@ -176,6 +176,16 @@ def test_the_bias_of_the_sigmoid_loss_goes_along(run, tiny_shape, tmp_path):
     assert torch.equal(own.logit_bias, model.logit_bias) and torch.equal(own.logit_scale, model.logit_scale)
 
 
+def test_the_activation_of_openais_text_towers_goes_along(run, tiny_shape, tmp_path):
+    """The command compares the export with the run, so this fails where the activation is lost."""
+    model = lively(replace(tiny_shape, text=replace(tiny_shape.text, activation="quick_gelu")))
+    export(run(model), tmp_path / "out", "open_clip")
+    theirs = open_clip.create_model(f"local-dir:{tmp_path / 'out'}").eval()
+    tokens = open_clip.get_tokenizer(f"local-dir:{tmp_path / 'out'}")(CAPTIONS)
+    with torch.inference_mode():
+        torch.testing.assert_close(theirs.encode_text(tokens), model.encode_text(tokens), rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("name", ["EVA-CLIP-8B", "EVA-CLIP-18B"])
 def test_shapes_beyond_open_clip_are_refused_and_have_a_form_of_ours(name, run, tmp_path, capfd):
     model = lively(narrow(name))

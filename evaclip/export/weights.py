@@ -96,7 +96,7 @@ def open_clip_config(shape: ClipShape, address: str) -> dict[str, Any]:
             "layers": shape.text.depth,
         },
         "custom_text": True,
-    }
+    } | ({"quick_gelu": True} if shape.text.activation == "quick_gelu" else {})
 
 
 def timm_config(shape: ClipShape, preprocessing: Preprocessing) -> dict[str, Any]:
