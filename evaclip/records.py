@@ -27,7 +27,7 @@ def unstructured(value: Any) -> dict[str, Any]:
     return _CONVERTER.unstructure(value)
 
 
-def _sentence(problem: BaseException, kind: type | None) -> str:
+def _sentence(problem: BaseException, kind: Any) -> str:
     if isinstance(problem, ForbiddenExtraKeysError):
         known = [field.name for field in fields(problem.cl)]
         strange = sorted(problem.extra_fields)[0]
