@@ -18,6 +18,7 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -86,8 +87,8 @@ def shard_state(path: Path) -> str:
 
 
 def _mapped(path: Path) -> np.ndarray:
-    array = np.load(path, mmap_mode="r", allow_pickle=False) if path.stat().st_size > 256 else np.load(path)
-    return array
+    """An empty array cannot be mapped."""
+    return np.load(path, mmap_mode="r" if path.stat().st_size > 256 else None, allow_pickle=False)
 
 
 def _recorded(work: Callable[[Item], Result], folder: Path, named: tuple[Item, str]) -> None:
@@ -109,7 +110,7 @@ def _pool(processes: int) -> Iterator[Callable[..., Iterator[None]]]:
     if processes <= 1:
         yield map
         return
-    pool = ProcessPoolExecutor(processes, initializer=_prepare, initargs=(os.getpid(),))
+    pool = ProcessPoolExecutor(processes, get_context("fork"), _prepare, (os.getpid(),))
     before = _terminate_as_interrupt()
     try:
         yield pool.map

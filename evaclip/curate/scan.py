@@ -196,7 +196,7 @@ def _code_of_sizes(sample: Sample) -> str | None:
     size = sample.caption()[1]
     if not 0 < size <= MAX_CAPTION_BYTES:
         return "long-caption" if size else "no-caption"
-    if len(sample.key.encode()) + 1 + max(map(len, sample.suffixes)) > MAX_NAME_BYTES:
+    if len(sample.key.encode()) + 1 + max(len(suffix.encode()) for suffix in sample.suffixes) > MAX_NAME_BYTES:
         return "long-name"
     return None
 

@@ -82,13 +82,11 @@ def synth(command: SynthCommand) -> Manifest:
 
 def drawn(seed: int, number: int, size: int, repeats: float = 0.0) -> tuple[bytes, str, dict[str, Any]]:
     """A sample's JPEG, caption and record."""
-    random = keyed.generator(seed, "synth", number)
-    again = number > 0 and random.random() < repeats
-    shown = int(random.integers(number)) if again else number
-    quality = int(random.integers(60, 80)) if again else 90
-    if again:
-        random = keyed.generator(seed, "synth", shown)
-        random.random()
+    shown = number
+    while shown and (chosen := keyed.generator(seed, "repeats", shown)).random() < repeats:
+        shown = int(chosen.integers(shown))
+    quality = 90 if shown == number else 75
+    random = keyed.generator(seed, "synth", shown)
     names = [list(COLOURS)[int(place)] for place in random.permutation(len(COLOURS))[:3]]
     shapes = [SHAPES[int(random.integers(len(SHAPES)))] for _ in range(2)]
     image = Image.new("RGB", (size, size), COLOURS[names[2]])
@@ -100,6 +98,7 @@ def drawn(seed: int, number: int, size: int, repeats: float = 0.0) -> tuple[byte
     pixels = (np.asarray(image).astype(np.int16) + noise).clip(0, 255).astype(np.uint8)
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "JPEG", quality=quality)
+    random = keyed.generator(seed, "captions", number)
     sentence = SENTENCES[int(random.integers(len(SENTENCES)))]
     caption = sentence.format(names[0], shapes[0], names[1], shapes[1], names[2])
     record = {"width": size, "height": size, "similarity": round(float(random.uniform(0.1, 0.4)), 4), "shows": shown}

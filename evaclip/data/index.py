@@ -247,7 +247,9 @@ def split_name(name: str) -> tuple[str, str]:
 
     A name without a dot, or that begins with one, has no suffix and belongs to no sample.
     """
-    folder, slash, last = name.removeprefix("./").rpartition("/")
+    while name.startswith("./"):
+        name = name[2:]
+    folder, slash, last = name.rpartition("/")
     stem, _, suffix = last.partition(".")
     return folder + slash + stem, suffix.lower() if stem else ""
 

@@ -3,13 +3,14 @@
 import io
 import os
 import tarfile
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import webdataset
 
-from evaclip.data.index import expand, fingerprint, index_shards, load_index
-from evaclip.data.tar import DamagedTarError, members
+from evaclip.data.index import expand, fingerprint, index_shards, load_index, samples_of
+from evaclip.data.tar import DamagedTarError, _plain, _walk, mapped, members, survey
 from evaclip.data.write import write_shards
 from evaclip.errors import InputError
 from tests.conftest import made_pairs
@@ -184,3 +185,115 @@ def test_patterns_that_stand_for_nothing(shards, tmp_path, pattern, sentence):
         expand([pattern.format(folder=folder, tmp=tmp_path)])
     with pytest.raises(InputError, match="no shards were named"):
         expand([])
+
+
+def field(header: bytes, at: int, value: bytes) -> bytes:
+    """A header with another field and the checksum that belongs to it."""
+    changed = bytearray(header)
+    changed[at : at + len(value)] = value
+    changed[148:156] = b" " * 8
+    changed[148:156] = b"%06o\0 " % sum(changed)
+    return bytes(changed)
+
+
+def surveyed(path, data: bytes):
+    path.write_bytes(data)
+    with mapped(path) as view:
+        return survey(view)
+
+
+@pytest.mark.parametrize("format", [tarfile.USTAR_FORMAT, tarfile.PAX_FORMAT])
+def test_a_tar_taken_in_at_once_is_the_tar_that_is_walked(tmp_path, format):
+    path = tmp_path / "x.tar"
+    names = [f"{n:04}.{suffix}" for n in range(50) for suffix in ("jpg", "txt")]
+    path.write_bytes(tar_bytes(names, format, 1.25 if format == tarfile.PAX_FORMAT else 0))
+    with mapped(path) as data:
+        plain, walked = _plain(data), list(_walk(data))
+    assert plain is not None and len(plain) == 100 and plain == walked
+
+
+@pytest.mark.parametrize(
+    ("at", "value"),
+    [
+        (124, b"-0000001000\0"),  # would walk backwards for ever
+        (124, b"0000_000144\0"),
+        (124, b"+0000000144\0"),
+        (124, b"\xff" * 12),
+        (124, b"\x80" + b"\xff" * 11),
+        (124, b"77777777777\0"),
+        (156, b"2"),
+        (156, b"S"),
+    ],
+)
+def test_a_hostile_header_is_damage_and_what_follows_is_found(tmp_path, at, value):
+    whole = tar_bytes(NAMES[:3], tarfile.USTAR_FORMAT, 0)
+    broken = whole[:512] + field(whole[512:1024], at, value) + whole[1024:]
+    found, damage = surveyed(tmp_path / "x.tar", broken)
+    assert [member.name for member in found] == NAMES[1:3] and len(damage) == 1
+    with pytest.raises(DamagedTarError):
+        members(tmp_path / "x.tar")
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"99999 size=1\n",
+        b"11 size=-1\n",
+        b"12 size=abc\n",
+        b"13 size=\xd9\xa1\xd9\xa2\n",
+        b"\0" * 40,
+        b"3 =\n",
+        b"5 a=b",
+    ],
+)
+def test_hostile_extensions_are_damage(tmp_path, body):
+    whole = tar_bytes(NAMES[:2], tarfile.USTAR_FORMAT, 0)
+    header = field(field(whole[512:1024], 124, b"%011o\0" % len(body)), 156, b"x")
+    broken = whole[:512] + header + body.ljust(512, b"\0") + whole[512:]
+    found, damage = surveyed(tmp_path / "x.tar", broken)
+    assert [each.code for each in damage] == ["bad-header"] and len(found) == 2
+
+
+def test_a_size_that_an_extension_gives_is_where_the_next_member_begins(tmp_path):
+    info = tarfile.TarInfo("big.jpg")
+    info.size, info.pax_headers = 1000, {"size": "1000"}
+    after = tarfile.TarInfo("big.txt")
+    after.size = 3
+    data = bytearray(info.tobuf(tarfile.PAX_FORMAT))
+    data[-512:] = field(bytes(data[-512:]), 124, b"00000000000\0")  # as for files of more than 8 GiB
+    whole = bytes(data) + bytes(1024) + after.tobuf(tarfile.USTAR_FORMAT) + b"abc".ljust(512, b"\0") + bytes(1024)
+    found, damage = surveyed(tmp_path / "x.tar", whole)
+    assert [(m.name, m.size) for m in found] == [("big.jpg", 1000), ("big.txt", 3)] and not damage
+
+
+def test_two_tars_in_one_file_are_noticed(tmp_path):
+    one = tar_bytes(NAMES[:2], tarfile.USTAR_FORMAT, 0)
+    found, damage = surveyed(tmp_path / "x.tar", one + one)
+    assert [each.code for each in damage] == ["after-end"] and len(found) == 4
+    with pytest.raises(DamagedTarError, match="the file goes on"):
+        members(tmp_path / "x.tar")
+
+
+def test_hidden_files_and_names_without_a_dot_are_no_samples(tmp_path):
+    path = tmp_path / "x.tar"
+    path.write_bytes(tar_bytes(["README", "._0001.jpg", ".jpg", "./0001.jpg", "a.b/0002.txt"]))
+    assert list(samples_of(path)) == ["0001", "a.b/0002"]
+    assert [s["__key__"].removeprefix("./") for s in webdataset.WebDataset(str(path), shardshuffle=False)] == [
+        "0001",
+        "a.b/0002",
+    ]
+
+
+def test_our_shards_have_the_bytes_of_webdatasets_writer(tmp_path):
+    pairs = made_pairs(23)
+    path = write_shards(pairs, tmp_path, "s")[0]
+    with webdataset.TarWriter(str(tmp_path / "w.tar"), encoder=False, mtime=0, format=tarfile.USTAR_FORMAT) as tar:
+        for pair in pairs:
+            tar.write({"__key__": pair.key, "png": pair.image, "txt": pair.caption.encode()})
+    assert path.read_bytes() == (tmp_path / "w.tar").read_bytes()
+
+
+def test_a_name_too_long_for_a_plain_header_is_refused(tmp_path):
+    with pytest.raises(InputError, match="100 bytes"):
+        write_shards([replace(made_pairs(1)[0], key="k" * 100)], tmp_path, "s")
+    assert not list(tmp_path.iterdir())
