@@ -83,10 +83,10 @@ def bare_product(vectors: list[np.ndarray], queries: np.ndarray) -> Callable[[],
     return product
 
 
-def in_turns(*works: Callable[[], object], repeats: int = 5) -> list[float]:
+def in_turns(*works: Callable[[], object], repeats: int = 2) -> list[float]:
     """The shortest of several runs of each, one after the other in turns, so that other work disturbs all alike."""
     best = [float("inf")] * len(works)
-    for _ in range(repeats + 1):  # the first round warms up, and is never the best
+    for _ in range(repeats + 1):  # one round more, which warms up
         for number, work in enumerate(works):
             start = time.perf_counter()
             work()
@@ -100,12 +100,12 @@ def row(folder: Path, rows: int) -> list[str]:
     opened = index.Index(path)
     batch = queries[:BATCH]
     bare_work = bare_product(opened.segments, batch)
-    ours, bare = in_turns(lambda: opened.search(batch, 10, exactly=True), bare_work, repeats=4)
+    ours, bare = in_turns(lambda: opened.search(batch, 10, exactly=True), bare_work, repeats=2)
     measured = opened.manifest["approximate"]["measured"]
     alone, fast, one_at_a_time = in_turns(
         lambda: opened.search(queries[:1], 10, exactly=True),
         lambda: opened.search(queries, 10),
-        lambda: [opened.search(query[None], 10) for query in queries[:200]],
+        lambda: [opened.search(query[None], 10) for query in queries[:100]],
     )
     near, true = opened.search(queries, 10)[1], opened.search(queries, 10, exactly=True)[1]
     recall = np.mean([len(set(a) & set(b)) / 10 for a, b in zip(near, true, strict=True)])
@@ -117,7 +117,7 @@ def row(folder: Path, rows: int) -> list[str]:
         f"{1e3 * alone:.0f}",
         f"{recall:.4f}",
         f"**{1e3 * fast / len(queries):.3f}**",
-        f"{1e3 * one_at_a_time / 200:.3f}",
+        f"{1e3 * one_at_a_time / 100:.3f}",
         str(measured["effort"]),
     ]
 
