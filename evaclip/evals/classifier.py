@@ -14,11 +14,12 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from evaclip.distributed import from_main, gathered
-from evaclip.encoder import Encoder
+from evaclip.encoder import Encoder, weights_hash
 from evaclip.evals.card import Card
+from evaclip.evals.encoded import finite
 from evaclip.log import progress
 
 # Classes between two writes of the cache, so that an interruption costs little.
@@ -37,7 +38,7 @@ class Cache:
 
 def cache_of(encoder: Encoder, folder: Path) -> Cache:
     """The cache in a folder for a model; reads all weights once."""
-    return Cache(folder, weights_hash(encoder.model))
+    return Cache(folder, weights_hash(encoder.model.state_dict()))
 
 
 def class_embeddings(
@@ -66,17 +67,7 @@ def class_embeddings(
         rows |= part
     if missing and rank == 0:
         _store(path, rows)
-    return torch.stack([rows[keys[name]] for name in card.classes]).to(encoder.device)
-
-
-def weights_hash(model: nn.Module) -> str:
-    """SHA-256 of all parameters and buffers, by name."""
-    found = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        data = tensor.detach().cpu().contiguous()
-        found.update(f"{name} {data.dtype} {tuple(data.shape)}\n".encode())
-        found.update(data.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
-    return found.hexdigest()
+    return finite(torch.stack([rows[keys[name]] for name in card.classes]).to(encoder.device), encoder)
 
 
 def prompts_hash(card: Card) -> str:

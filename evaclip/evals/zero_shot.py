@@ -20,6 +20,7 @@ from evaclip.encoder import Encoder, encoder_of
 from evaclip.errors import InputError
 from evaclip.evals.card import Card, load_card
 from evaclip.evals.classifier import Cache, class_embeddings
+from evaclip.evals.encoded import finite
 from evaclip.evals.features import FeatureSource, refuse_too_many_bad
 from evaclip.evals.layouts import LabelledImages, find_images
 from evaclip.evals.protocol import PROTOCOLS, Protocol, View, view_of
@@ -133,7 +134,7 @@ def zero_shot(
         own.bad |= block.bad
         if len(block.numbers):
             labels = torch.from_numpy(images.labels[block.numbers]).to(encoder.device)
-            best, rank = ranked(block.features.to(encoder.device) @ weights.T, labels)
+            best, rank = ranked(finite(block.features, encoder).to(encoder.device) @ weights.T, labels)
             own.parts.append(np.stack([block.numbers, best.cpu().numpy(), rank.cpu().numpy()]))
     everyone = gathered(own) if setting.share[1] > 1 else [own]
     bad = {number: reason for part in everyone for number, reason in part.bad.items()}

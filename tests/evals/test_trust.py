@@ -70,6 +70,14 @@ def test_protocols_squash_cut_or_leave_it_to_the_model():
     assert [score("testbed", "squash"), score("pe", "shortest")] == [1, 0]
 
 
+@pytest.mark.parametrize("tower", ["encode_image", "encode_text"])
+def test_a_model_that_has_diverged_gets_no_score(tower):
+    model = oracle(A)
+    setattr(model.model, tower, lambda rows: torch.full((len(rows), 3), torch.nan))
+    with pytest.raises(InputError, match="features that are not finite: its weights have diverged"):
+        zero_shot(model, A, made([1, 2]), PARTIAL)
+
+
 def test_two_classes_of_one_name_share_a_row_and_the_first_wins():
     missiles = [n for n, name in enumerate(IMAGENET.classes) if name == "missile"]
     assert missiles == [657, 744] and IMAGENET.classes[836] == IMAGENET.classes[837] == "sunglasses"
