@@ -5,6 +5,7 @@ do on a cluster. Each has one GPU, which is /dev/null or /dev/zero. Daemons stay
 their process numbers; so is everything else that carries this cluster's configuration in its environment.
 """
 
+import contextlib
 import getpass
 import os
 import shutil
@@ -115,7 +116,8 @@ class Cluster:
             for daemon in self._daemons.values():
                 daemon.poll()
         for pid in self.processes():
-            os.kill(pid, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         for daemon in self._daemons.values():
             daemon.wait(10)
 
@@ -126,8 +128,9 @@ class Cluster:
     def lose_node(self, node: str) -> None:
         """As a power cut does: at once, and nobody is told."""
         for _ in range(2):  # what was being started when the first look was taken
-            for pid in self.processes(EVACLIP_TEST_NODE=node):
-                os.kill(pid, signal.SIGKILL)
+            for pid in {*self.processes(EVACLIP_TEST_NODE=node), *self.processes(SLURMD_NODENAME=node)}:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
         self._daemons.pop(f"slurmd{node}").wait(10)
 
     def processes(self, **variables: str) -> list[int]:

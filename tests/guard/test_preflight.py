@@ -33,7 +33,7 @@ FAULTS = {
     "not shared": r"n2 \(process 2\): run folder: what process 0 wrote to .* is not there: do all nodes share it\?",
     "clock": r"n2 \(process 2\): its clock is [45]\.\d s ahead",
     "GPU": r"n2 \(process 2\): GPU: --engine\.device cuda: torch sees no CUDA device",
-    "late": r"preflight: n2 \(process 2\) did not finish the all-reduce in 2 s",
+    "late": r"preflight: n2 \(process 2\) did not finish the all-reduce in 5 s",
 }
 
 
@@ -83,7 +83,7 @@ def one_fault(fault: str, folder: Path, patch: pytest.MonkeyPatch) -> int:
     engine, run_dir = ENGINE, folder / "run"
     data = tiny_run(run_dir, folder / "shards").data
     if fault == "late":
-        patch.setattr(guard, "PATIENCE", timedelta(seconds=2))
+        patch.setattr(guard, "PATIENCE", timedelta(seconds=5))
     if dist.get_rank() == 2 and fault == "shards":
         data = replace(data, sources=(replace(data.sources[0], shards=(str(folder / "gone.tar"),)),))
     elif dist.get_rank() == 2 and fault == "fewer shards":
@@ -99,7 +99,7 @@ def one_fault(fault: str, folder: Path, patch: pytest.MonkeyPatch) -> int:
         patch.setattr(torch.cuda, "is_available", lambda: False)
         engine = replace(ENGINE, device="cuda")
     elif dist.get_rank() == 2 and fault == "late":
-        patch.setattr(guard, "all_reduce_gbs", lambda _: time.sleep(6))
+        patch.setattr(guard, "all_reduce_gbs", lambda _: time.sleep(12))
     elif fault == "late":
         patch.setattr(guard, "all_reduce_gbs", lambda _: None)
     return preflight(engine, data, run_dir)
