@@ -14,11 +14,20 @@ PACKAGE = Path(evaclip.__file__).parent
 ROWS = (
     {"cli"},
     {"quickstart"},
-<<<<<<< HEAD
-    {"evaluate", "retrieve", "probe", "watch", "average", "curate", "doctor", "plan", "export", "search", "convert"},
-=======
-    {"evaluate", "curate", "doctor", "plan", "slurm", "export", "search"},
->>>>>>> 58a51bb (WIP: preflight, slurm submit and its script, a two-node Slurm for tests)
+    {
+        "evaluate",
+        "retrieve",
+        "probe",
+        "watch",
+        "average",
+        "curate",
+        "doctor",
+        "plan",
+        "slurm",
+        "export",
+        "search",
+        "convert",
+    },
     {"train"},
     {"meter", "resume"},
     {"recipes", "bootstrap"},

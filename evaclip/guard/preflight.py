@@ -109,8 +109,8 @@ def examined(engine: EngineConfig, data: DataConfig, run_dir: Path) -> list[Foun
         own.tflops = own.attempt("matrix product", lambda: matmul_tflops(device))
     wrote = own.leads and own.attempt("run folder", lambda: write_trial(trial, own.rank)) is not None
     if own.leads and (shards := own.attempt("shards", lambda: listing(data))) is not None:
-        paths, own.listing = shards
-        own.shards_mbs = own.attempt("shards", lambda: reading_mbs(paths, own.rank))
+        places, own.listing = shards
+        own.shards_mbs = own.attempt("shards", lambda: reading_mbs(places, own.rank))
     meet("reading the shards and writing to the run's folder")
     everyone = gathered({"device": own.device, "wrote": wrote})
     writers = [number for number, record in enumerate(everyone) if record["wrote"]]

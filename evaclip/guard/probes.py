@@ -13,10 +13,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import torch
 import torch.distributed as dist
 
-from evaclip.data.index import expand
+from evaclip.data.index import expand, lines_of
+from evaclip.data.manifest import read_merged
+from evaclip.data.remote import addresses, is_address
 from evaclip.data.shards import DataConfig
 from evaclip.distributed import gathered, rank, world_size
 from evaclip.errors import InputError
@@ -90,27 +93,36 @@ def _seconds(work: Callable[[], Any], device: torch.device, agreed: bool) -> flo
     return timed(max(1, min(100, int(SHORT / float(once)))))
 
 
-def listing(data: DataConfig) -> tuple[list[Path], str]:
-    """All shards, and a hash of their names and sizes, which is the same on each node that sees the same files."""
-    paths = [path for source in data.sources for path in expand(source.shards)]
-    return paths, hashlib.sha256(repr([(path.name, path.stat().st_size) for path in paths]).encode()).hexdigest()
+def listing(data: DataConfig) -> tuple[list[str], str]:
+    """All shards, paths and addresses, and a hash that is the same on each node that sees the same ones.
+
+    Names count, and sizes of what lies on a file system. Raises InputError for shards that do not exist.
+    """
+    sources = read_merged(data.merged).sources if data.merged else data.sources
+    patterns = [pattern for source in sources for pattern in lines_of(source.shards)]
+    away = [address for pattern in patterns if is_address(pattern) for address in addresses(pattern)]
+    here = [path for pattern in patterns if not is_address(pattern) for path in expand([pattern])]
+    told = repr([(path.name, path.stat().st_size) for path in here] + away)
+    return [*map(str, here), *away], hashlib.sha256(told.encode()).hexdigest()
 
 
-def reading_mbs(paths: Sequence[Path], number: int) -> float:
-    """Megabytes a second from the beginnings and ends of some shards, which differ by `number`.
+def reading_mbs(places: Sequence[str], number: int) -> float:
+    """Megabytes a second from the beginnings of some shards, and the ends of local ones; others for each `number`.
 
     What the operating system still holds in memory counts as read. Raises InputError that names the shard.
     """
-    stride = max(1, len(paths) // SHARDS)
+    stride = max(1, len(places) // SHARDS)
     start, read = time.perf_counter(), 0
-    for path in paths[number % stride :: stride][:SHARDS]:
+    for place in places[number % stride :: stride][:SHARDS]:
         try:
-            with path.open("rb") as file:
+            with fsspec.open(place, "rb") if is_address(place) else open(place, "rb") as file:
                 read += len(file.read(PIECE))
-                file.seek(max(0, path.stat().st_size - 512))
-                file.read(512)
-        except OSError as error:
-            raise InputError(f"{path} cannot be read: {error.strerror}") from None
+                if not is_address(place):
+                    file.seek(max(0, os.path.getsize(place) - 512))
+                    file.read(512)
+        except Exception as error:  # each kind of storage has errors of its own
+            reason = (error.strerror if isinstance(error, OSError) else None) or str(error) or type(error).__name__
+            raise InputError(f"{place} cannot be read: {reason}") from None
     return read / (time.perf_counter() - start) / 1e6
 
 

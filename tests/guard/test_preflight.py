@@ -169,19 +169,29 @@ def test_a_rename_that_shows_a_part_is_noticed(tmp_path, monkeypatch):
             probes.watch_renames(tmp_path, 0, 0)
 
 
-def test_every_node_reads_other_shards_from_both_ends(tmp_path, shards, monkeypatch):
-    data = tiny_run(tmp_path / "run", shards(per_shard=2)).data
-    paths, _ = probes.listing(data)
-    monkeypatch.setattr(probes, "SHARDS", 8)
+def test_every_node_reads_other_shards_and_addresses_count_as_well(tmp_path, shards, monkeypatch):
+    folder = shards(per_shard=2)
+    data = tiny_run(tmp_path / "run", folder).data
+    places, _ = probes.listing(data)
+    assert places == [str(path) for path in sorted(folder.glob("*.tar"))] and len(places) == 32
     read: dict[int, list[str]] = {0: [], 1: []}
-    real = Path.open
-    for number in read:
-        names = read[number]
-        monkeypatch.setattr(
-            Path, "open", lambda path, mode, names=names: (names.append(path.name), real(path, mode))[1]
-        )
-        assert probes.reading_mbs(paths, number) > 0
-    assert len(paths) == 32 and len(read[0]) == len(read[1]) == 8 and not set(read[0]) & set(read[1])
+    for number, names in read.items():
+
+        def noted(path, mode, names=names):
+            names.append(path)
+            return open(path, mode)
+
+        monkeypatch.setattr(probes, "open", noted, raising=False)
+        assert probes.reading_mbs(places, number) > 0
+    assert len(read[0]) == len(read[1]) == 8 and not set(read[0]) & set(read[1])
+    monkeypatch.undo()
+    away = replace(data, sources=(replace(data.sources[0], shards=(f"file://{folder}/train-0000{{0..3}}.tar",)),))
+    places, _ = probes.listing(away)
+    assert places == [f"file://{folder}/train-0000{number}.tar" for number in range(4)]
+    assert probes.reading_mbs(places, 0) > 0
+    (folder / "train-00002.tar").unlink()
+    with pytest.raises(InputError, match=r"file://.*train-00002\.tar cannot be read: No such file"):
+        probes.reading_mbs(places, 0)
 
 
 def test_sums_are_checked_and_bandwidth_counts_what_a_link_carries():
