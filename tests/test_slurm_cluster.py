@@ -134,7 +134,7 @@ def same_curve(job: Job, undisturbed: Job) -> None:
 
 def test_two_nodes_train_and_finish(undisturbed):
     said = undisturbed.output.read_text()
-    assert "preflight: 2 nodes fit" in said and all(f" {node} " in said for node in NODES)
+    assert "preflight: every node is fit (2)" in said and all(f" {node} " in said for node in NODES)
     assert "exit status 0" in said
     assert "on 2 x cpu (ddp)" in undisturbed.rank(0) and "done: 24 steps" in undisturbed.rank(0)
     assert undisturbed.rank(1) == ""  # one of them talks

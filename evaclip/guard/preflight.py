@@ -92,7 +92,10 @@ def preflight(engine: EngineConfig, data: DataConfig, run_dir: Path) -> int:
                 print(f"preflight: {one.node} (process {one.rank}): {fault}", flush=True)
         nodes = list(dict.fromkeys(one.node for one in found))
         unfit = [node for node in nodes if any(one.node == node and one.rank in faults for one in found)]
-        print(f"preflight: not fit: {', '.join(unfit)}" if unfit else f"preflight: {len(nodes)} nodes fit", flush=True)
+        print(
+            f"preflight: not fit: {', '.join(unfit)}" if unfit else f"preflight: every node is fit ({len(nodes)})",
+            flush=True,
+        )
     return 2 if faults else 0
 
 

@@ -26,7 +26,7 @@ from tests.test_train import tiny_run
 ENGINE = EngineConfig(precision="fp32", device="cpu")
 # What is wrong with the last of three nodes, and what is said of it.
 FAULTS = {
-    "nothing": r"preflight: 3 nodes fit",
+    "nothing": r"preflight: every node is fit \(3\)",
     "shards": r"n2 \(process 2\): shards: .*gone\.tar",
     "fewer shards": r"n2 \(process 2\): sees other shards than most nodes",
     "folder": r"n2 \(process 2\): run folder: Not a directory",
@@ -42,7 +42,7 @@ def test_one_process_is_looked_at_and_nothing_is_left_behind(tmp_path, shards, m
     monkeypatch.setitem(RECIPES, "tiny", lambda: tiny_run(tmp_path / "run", folder))
     assert main(["preflight", "tiny"]) == 0
     said = capfd.readouterr().out
-    assert "preflight: 1 nodes fit" in said and "│ ok │" in said and "cpu" in said
+    assert "preflight: every node is fit (1)" in said and "│ ok │" in said and "cpu" in said
     assert list((tmp_path / "run").iterdir()) == []
     assert main(["train", "tiny", "--steps", "1"]) == 0  # the folder is not taken
     (folder / "train-00000.tar").unlink()
