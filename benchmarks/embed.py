@@ -88,7 +88,13 @@ def main() -> None:
     write_result(
         "embed",
         "Embedding image files, images per second",
-        ["shortest side", "evaclip embed", "open_clip in a plain loop", "speed", "smallest product of the two, ours in float16"],
+        [
+            "shortest side",
+            "evaclip embed",
+            "open_clip in a plain loop",
+            "speed",
+            "smallest product of the two, ours in float16",
+        ],
         rows,
         f"{COUNT} photographs (scikit-learn's, cropped) as JPEG of quality 95; a ViT of 6 million parameters at 224 px "
         f"with random weights, float32, batches of {BATCH}. Best of two, in turns. Ours hashes the weights, reads "

@@ -2,7 +2,6 @@
 
 import errno
 import importlib
-import itertools
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -29,6 +28,8 @@ USAGE = """evaclip: train CLIP models bootstrapped from EVA, and score them zero
   evaclip index OUT                          make them searchable: exact, or approximate with measured recall
   evaclip search OUT "a red bicycle"         by words, images, or both; JSON lines or a page of thumbnails
   evaclip serve OUT                          the same over HTTP, with a page to search with
+  evaclip preflight RECIPE                   look at every GPU, file and clock that it will use, before it starts
+  evaclip slurm submit RECIPE --nodes N      give it to Slurm; --dry-run shows the script
   evaclip data caption RECIPE ...            a labelled data set as image-text shards
   evaclip data plan RECIPE                   links, images, disk, hours and cost of a public set, before it is fetched
   evaclip data download RECIPE               its lists of links, downloaded to shards; goes on where it was stopped
@@ -68,30 +69,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def train(arguments: list[str]) -> int:
     """`evaclip train RECIPE [RECIPE ...] [--field.sub value]`: several are phases, one after the other."""
-    import tyro
-
-    from evaclip.config import RunConfig
     from evaclip.distributed import is_main, joined
-    from evaclip.recipes import RECIPES, recipe_named
+    from evaclip.recipes import RECIPES, configured
     from evaclip.train import train as run
 
     if not arguments or arguments[0].startswith("-"):
         known = "\n".join(f"  {name}" for name in RECIPES)
         print(f"usage: evaclip train RECIPE [--field.sub value]; each recipe lists its fields with --help\n{known}")
         return 0 if arguments and arguments[0] in ("--help", "-h") else 2
-    phases = list(itertools.takewhile(lambda word: not word.startswith("-"), arguments))
-    rest = arguments[len(phases) :]
-    configs = [
-        tyro.cli(
-            RunConfig,
-            default=recipe(),
-            args=rest,
-            prog=f"evaclip train {name}",
-            description=recipe.__doc__,
-            config=(tyro.conf.AvoidSubcommands,),
-        )
-        for name, recipe in ((name, recipe_named(name)) for name in phases)
-    ]
+    configs = configured("train", arguments)
     with joined():
         speaks = is_main()
         for config in configs:
@@ -109,6 +95,20 @@ def train(arguments: list[str]) -> int:
             f"  evaclip train {' '.join(again)} --resume auto"
         )
     return 130 if outcome.stopped_by == "SIGINT" else REQUEUE_STATUS
+
+
+def preflight(arguments: list[str]) -> int:
+    """`evaclip preflight RECIPE [--field.sub value]`, started as the training will be."""
+    from evaclip.distributed import joined
+    from evaclip.guard import preflight as guard
+    from evaclip.recipes import RECIPES, configured
+
+    if not arguments or arguments[0].startswith("-"):
+        print("usage: evaclip preflight RECIPE [--field.sub value], as for train", *RECIPES, sep="\n  ")
+        return 0 if arguments and arguments[0] in ("--help", "-h") else 2
+    configs = configured("preflight", arguments)
+    with joined(guard.PATIENCE):
+        return max(guard.preflight(config.engine, config.data, config.run_dir) for config in configs)
 
 
 def recipes(arguments: list[str]) -> None:
@@ -179,6 +179,13 @@ def data(arguments: list[str]) -> int | None:
     return DATA_VERBS[verb](rest)
 
 
+def slurm(arguments: list[str]) -> int:
+    """`evaclip slurm submit RECIPE --nodes N`."""
+    from evaclip.slurm import slurm as run
+
+    return run(arguments)
+
+
 def doctor(arguments: list[str]) -> None:
     """`evaclip doctor`."""
     from evaclip.doctor import doctor as run
@@ -193,6 +200,8 @@ VERBS: dict[str, Callable[[list[str]], int | None]] = {
     "recipes": recipes,
     "plan": plan,
     "train": train,
+    "preflight": preflight,
+    "slurm": slurm,
     "zeroshot": command("zeroshot", "evaclip.evaluate", "ZeroShotCommand", "run_zero_shot"),
     "convert": command("convert", "evaclip.convert", "ConvertCommand", "run_convert"),
     "retrieval": command("retrieval", "evaclip.retrieve", "RetrievalCommand", "run_retrieval"),

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from evaclip.errors import InputError
+from evaclip.errors import AbsentError, InputError
 
 Told = TypeVar("Told")
 
@@ -112,7 +112,7 @@ def everyone() -> ProcessGroup | None:
 def joined(patience: timedelta = PATIENCE) -> Iterator[None]:
     """Form the group that the launcher, torchrun or srun, started this process for.
 
-    Raises InputError when the others do not come in time.
+    Raises AbsentError when the others do not come in time.
     """
     told = None if dist.is_initialized() else place(os.environ)
     if told is None:
@@ -132,7 +132,7 @@ def joined(patience: timedelta = PATIENCE) -> Iterator[None]:
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(backend, timeout=patience)
     except dist.DistError as error:
-        raise InputError(
+        raise AbsentError(
             f"process {told.rank} of {told.world} cannot meet the others at {told.address}:{told.port}: "
             f"{str(error).splitlines()[0]}"
         ) from None

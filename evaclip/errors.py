@@ -33,6 +33,12 @@ class CheckpointError(InputError):
     exit_status = 89
 
 
+class AbsentError(InputError):
+    """The other processes of the run did not come: another attempt may find them."""
+
+    exit_status = HANG_STATUS
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """The end of an error sentence: the nearest known names, or all of them when none is near."""
     known = sorted(known)

@@ -6,7 +6,7 @@ import torch.distributed as dist
 
 from evaclip import distributed
 from evaclip.distributed import PORTS, Place, first_host, gathered, joined, own_gpu, place
-from evaclip.errors import InputError
+from evaclip.errors import AbsentError, InputError
 from tests.ranks import in_ranks
 
 TORCHRUN = {"RANK": "5", "WORLD_SIZE": "16", "LOCAL_RANK": "1", "MASTER_ADDR": "head", "MASTER_PORT": "29400"}
@@ -89,7 +89,7 @@ def test_others_that_do_not_come_are_one_sentence(monkeypatch):
         monkeypatch.delenv(name)
     monkeypatch.setenv("SLURM_PROCID", "0")
     monkeypatch.setattr(distributed, "first_host", lambda _: "127.0.0.1")
-    with pytest.raises(InputError, match=r"process 0 of 4 cannot meet the others at 127\.0\.0\.1:"):
+    with pytest.raises(AbsentError, match=r"process 0 of 4 cannot meet the others at 127\.0\.0\.1:"):
         with joined(timedelta(seconds=1)):
             raise AssertionError("nobody else is there")
 

@@ -15,7 +15,9 @@ ASKING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 class StopRequest:
-    """While entered, SIGINT, SIGTERM and SIGUSR1 set a flag; a second one ends the process at once.
+    """While entered, SIGINT, SIGTERM and SIGUSR1 set a flag; a second SIGINT ends the process at once.
+
+    Another of the others is the same request again: Slurm tells every process, and torchrun once more its own.
 
     A loop that does not answer within `grace` seconds is stuck, in its data or because another process is: the process
     then ends without saving, and the last checkpoint is what a restart goes on from. While `patient` is set, during an
@@ -48,8 +50,10 @@ class StopRequest:
         self._answered.set()
 
     def _asked(self, number: int, _: FrameType | None) -> None:
-        if self.name is not None:
+        if self.name is not None and number == signal.SIGINT:
             os._exit(128 + number)
+        if self.name is not None:
+            return
         self.name = signal.Signals(number).name
         threading.Thread(target=self._wait, daemon=True, name="grace").start()
 

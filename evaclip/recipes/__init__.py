@@ -3,8 +3,9 @@ takes and what came out. Any field can be changed from the command line: `evacli
 and a recipe of one's own is a function in any file: `evaclip train mine.py:my_run`.
 """
 
+import itertools
 import runpy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from evaclip.config import RunConfig
@@ -46,6 +47,25 @@ def recipe_named(name: str) -> Recipe:
     if name not in RECIPES:
         raise InputError(f"no recipe is called {name!r}; {did_you_mean(name, RECIPES)}")
     return RECIPES[name]
+
+
+def configured(verb: str, arguments: Sequence[str]) -> list[RunConfig]:
+    """The runs that `RECIPE [RECIPE ...] [--field.sub value]` stands for; the changes apply to each of them."""
+    import tyro
+
+    names = list(itertools.takewhile(lambda word: not word.startswith("-"), arguments))
+    rest = arguments[len(names) :]
+    return [
+        tyro.cli(
+            RunConfig,
+            default=recipe(),
+            args=rest,
+            prog=f"evaclip {verb} {name}",
+            description=recipe.__doc__,
+            config=(tyro.conf.AvoidSubcommands,),
+        )
+        for name, recipe in ((name, recipe_named(name)) for name in names)
+    ]
 
 
 def _from_file(path: Path, function: str) -> Recipe:
