@@ -15,7 +15,7 @@ from PIL import Image
 from evaclip.curate.check import check_shard
 from evaclip.curate.rewrite import copy_samples
 from evaclip.curate.scan import CODES, scan
-from evaclip.data.index import ShardHead, _index_or_reason, load_index
+from evaclip.data.index import ShardHead, index_or_reason, load_index
 from evaclip.data.manifest import ShardRecord
 from evaclip.data.samples import OpenShard
 from evaclip.data.tar import DamagedTarError, members
@@ -77,7 +77,7 @@ def test_broken_tars(tmp_path, count):
     for place, format in enumerate((0, 1, 2)):  # ustar, GNU, PAX
         path = tmp_path / f"{place}.tar"
         tar_of([file for number in range(5) for file in sample_files(number)], path, format)
-        shards.append((path.read_bytes(), _index_or_reason(path, None)))
+        shards.append((path.read_bytes(), index_or_reason(path, None)))
     path, slowest, rejected = tmp_path / "broken.tar", 0.0, 0
     for seed in [*SEEDS, *range(1, count)]:
         random = np.random.default_rng(seed)
@@ -105,7 +105,7 @@ def one_broken_tar(path, same: bool, head: ShardHead) -> bool:
         assert members(path) is not None and not {"cut", "bad-header", "not-a-file", "after-end"} & blind
     except DamagedTarError:
         assert blind
-    indexed = _index_or_reason(path, None)
+    indexed = index_or_reason(path, None)
     if isinstance(indexed, ShardHead):
         shard = OpenShard(path, load_index(path))
         for sample in range(indexed.samples):

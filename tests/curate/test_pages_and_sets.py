@@ -83,7 +83,7 @@ def test_merged_sources_train_with_their_weights_and_the_run_carries_the_fingerp
         data=replace(config.data, sources=(), merged=path, workers=0),
         evals=replace(config.evals, zero_shot=()),
     )
-    places = ShardSet(config.data).order(0).places(np.arange(4000))
+    places = ShardSet(config.data).order(0, 16).places(np.arange(4000))
     assert np.bincount(places.source).tolist() == [3000, 1000]
     train(config)
     events = [record for record in read_log(tmp_path / "run") if record.get("fingerprint")]
