@@ -102,10 +102,11 @@ def test_killed_at_twenty_random_steps_of_two_hundred(tmp_path, shards):
 def test_a_killed_launcher_and_what_it_leaves(tmp_path, shards):
     """torchrun itself is killed; its ranks are cleared away, as the end of a job's step does, and the run goes on."""
     folder = shards()
-    train(tiny_run(tmp_path / "alone", folder, steps=60))
+    straight = tiny_run(tmp_path / "straight", folder, steps=200, resume="auto")
+    assert ended(started(straight, tmp_path / "store")) == [0, 0]
     (tmp_path / "mine.py").write_text(
         "from pathlib import Path\nfrom tests.test_train import tiny_run\n"
-        f"def mine(): return tiny_run(Path({str(tmp_path / 'run')!r}), Path({str(folder)!r}), steps=60)\n"
+        f"def mine(): return tiny_run(Path({str(tmp_path / 'run')!r}), Path({str(folder)!r}), steps=200)\n"
     )
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "evaclip", "train"]
     command += [f"{tmp_path / 'mine.py'}:mine", "--resume", "auto"]
@@ -114,10 +115,11 @@ def test_a_killed_launcher_and_what_it_leaves(tmp_path, shards):
     while max(losses(tmp_path / "run"), default=0) < 20:
         time.sleep(0.05)
     launcher.kill()
-    time.sleep(0.5)
+    time.sleep(0.2)
     os.killpg(launcher.pid, signal.SIGKILL)
     assert subprocess.run(command, **where, check=False).returncode == 0
-    assert losses(tmp_path / "run") == pytest.approx(losses(tmp_path / "alone"), rel=1e-4)
+    assert losses(tmp_path / "run") == losses(tmp_path / "straight")
+    assert same_state(tmp_path / "run", tmp_path / "straight")
 
 
 def poisoned(positions: range, only_rank: int | None = None):
@@ -202,7 +204,7 @@ def test_a_signal_while_the_data_is_blocked_ends_with_85(tmp_path, shards):
     process = subprocess.Popen(
         [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
     )
-    while max(losses(tmp_path / "run"), default=0) < 5 and process.poll() is None:
+    while max(losses(tmp_path / "run"), default=0) < 6 and process.poll() is None:  # all that the worker will give
         time.sleep(0.05)
     time.sleep(0.5)
     process.send_signal(signal.SIGTERM)
