@@ -29,8 +29,10 @@ from evaclip.records import structured
 class Evaluator(Protocol):
     """Scores a model beside the training."""
 
-    def __call__(self, model: Any, device: torch.device, folder: Path) -> Iterable[tuple[str, float]]:
-        """Numbers by name; files for the report go to `folder`."""
+    def __call__(
+        self, model: Any, device: torch.device, folder: Path, share: tuple[int, int] = (0, 1)
+    ) -> Iterable[tuple[str, float]]:
+        """Numbers by name; files for the report go to `folder`. `share`: this process's number, and of how many."""
         ...
 
 

@@ -181,14 +181,20 @@ def _go_back(
 
 
 def evaluate(evaluators: list[Evaluator], engine: Engine, run_dir: Path, step: int) -> list[tuple[str, float]]:
-    """Every benchmark's numbers at a step, on the first process; files go to `evals/step_N/` of the run."""
+    """Every benchmark's numbers at a step; files go to `evals/step_N/` of the run.
+
+    Processes that all have the model share the images. Of a model that is spread, the first puts a copy together and
+    works alone, while the others wait.
+    """
     student = engine.whole_student() if evaluators else None
+    alone = any_of(student is None)
     if student is None:
         return []
     assert isinstance(student, Clip)
     student.eval()
     folder = run_dir / "evals" / f"step_{step:08}"
-    found = [pair for evaluator in evaluators for pair in evaluator(student, engine.device, folder)]
+    share = (0, 1) if alone else (rank(), world_size())
+    found = [pair for evaluator in evaluators for pair in evaluator(student, engine.device, folder, share)]
     student.train()
     return found
 

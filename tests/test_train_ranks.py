@@ -1,5 +1,6 @@
 """Training on several processes: the samples and losses of one, and checkpoints that any number can continue."""
 
+import json
 import signal
 import subprocess
 import sys
@@ -9,11 +10,14 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from evaclip.config import RunConfig
+from evaclip.config import EvalConfig, RunConfig
 from evaclip.engine import EngineConfig
+from evaclip.evals.zero_shot import ZeroShotConfig
 from evaclip.guard.health import GuardConfig
+from evaclip.log import read_log
 from evaclip.objectives.clip import ClipConfig, ClipObjective
 from evaclip.train import train
+from tests.evals.test_card_and_layouts import write_folders
 from tests.models.layouts import FAMILIES, eva_vision, openai_clip, shape_of, text_tower, torchscript
 from tests.ranks import in_ranks
 from tests.test_faults import poisoned
@@ -26,7 +30,7 @@ def exact_run(folder: Path, shards: Path, **changes) -> RunConfig:
     return tiny_run(folder, shards, objective=objective, resume="auto", **changes)
 
 
-def run(folder: Path, shards: Path, kind: str, micro_batches: int = 1, stop_after: int | None = None) -> int:
+def run(folder: Path, shards: Path, kind: str, micro_batches: int = 1, stop_after: int | None = None, **more) -> int:
     """Trains in this rank; the last rank alone is asked to stop."""
     from evaclip.train import Meter
 
@@ -39,12 +43,13 @@ def run(folder: Path, shards: Path, kind: str, micro_batches: int = 1, stop_afte
             signal.raise_signal(signal.SIGTERM)
 
     Meter.update = interrupting
-    return train(exact_run(folder, shards, engine=engine)).step
+    return train(exact_run(folder, shards, engine=engine, **more)).step
 
 
 def several(folder: Path, shards: Path) -> None:
     """Every way of sharing the work, and a run that is stopped, in one group of ranks."""
-    assert run(folder / "ddp", shards, "ddp") == 12
+    scored = EvalConfig(every=6, zero_shot=(ZeroShotConfig(card=str(folder / "few.toml"), data=folder / "cifar"),))
+    assert run(folder / "ddp", shards, "ddp", evals=scored) == 12
     assert run(folder / "fsdp2", shards, "fsdp2", micro_batches=2) == 12
     poison_of_one_rank(folder / "poisoned", shards)
     assert run(folder / "stopped", shards, "zero1", stop_after=7) == 7
@@ -63,7 +68,15 @@ def poison_of_one_rank(folder: Path, shards: Path) -> None:
 def test_two_ranks_train_as_one_process_does(tmp_path, shards):
     folder = shards()
     train(exact_run(tmp_path / "alone", folder))
+    lines = (Path(__file__).parents[1] / "zero_shot" / "cifar10.toml").read_text().splitlines()
+    few = "\n".join(line for line in lines if not line.startswith("per_class")).replace("count = 10000", "count = 23")
+    (tmp_path / "few.toml").write_text(few)
+    write_folders(tmp_path / "cifar")
     in_ranks(2, several, tmp_path, folder)
+    for step in (6, 12):  # the two ranks shared the images
+        found = json.loads((tmp_path / "ddp" / "evals" / f"step_{step:08}" / "cifar10.json").read_text())
+        assert found["images"] == 23 and 0 <= found["metrics"]["top1"] <= 1
+    assert len([r for r in read_log(tmp_path / "ddp") if "zero_shot/cifar10/top1" in r]) == 2
     right = losses(tmp_path / "alone")
     for name in ("ddp", "fsdp2"):
         assert losses(tmp_path / name) == pytest.approx(right, rel=5e-5), name

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from evaclip.distributed import everyone, is_main
+from evaclip.distributed import everyone
 from evaclip.engine.contract import PRECISIONS, Batch, EngineConfig, Objective
 from evaclip.engine.loss_scale import LossScale
 from evaclip.engine.sixteen_bit import Masters
@@ -166,9 +166,9 @@ class Engine:
         return torch.stack(torch._foreach_norm(own_parts))
 
     def whole_student(self) -> nn.Module | None:
-        """The model to be used outside of training; None where another process has it. All processes call it."""
-        if self._masters is None or not is_main():
-            return self.objective.student if is_main() else None
+        """The model to be used outside of training. All processes call it; None where only another one gets it."""
+        if self._masters is None:
+            return self.objective.student
         whole = copy.deepcopy(self.objective.student).float()
         whole.load_state_dict(self._student_state())
         return whole

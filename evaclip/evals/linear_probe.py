@@ -91,8 +91,12 @@ class Probe:
             raise InputError(f"{config.data} has no training part of {self.card.title}: both parts are the same images")
         check_count(self.card, self.test, allow_partial)
 
-    def __call__(self, model: Clip, device: torch.device, folder: Path) -> Iterator[tuple[str, float]]:
-        """Fit and score; `folder` receives the JSON and the predictions."""
+    def __call__(
+        self, model: Clip, device: torch.device, folder: Path, share: tuple[int, int] = (0, 1)
+    ) -> Iterator[tuple[str, float]]:
+        """Fit and score; `folder` receives the JSON and the predictions. Of several processes the first works."""
+        if share[0] != 0:
+            return
         encoder = encoder_of(model.to(device), {})
         record = self.save(self.run(encoder), encoder, folder)[1]
         for name, value in record["metrics"].items():

@@ -129,8 +129,12 @@ class Retrieval:
         self.card = load_retrieval_card(config.card)
         self.data = retrieval_data(self.card, config.data)
 
-    def __call__(self, model: Clip, device: torch.device, folder: Path) -> Iterator[tuple[str, float]]:
-        """Score the model; `folder` receives the JSON and the ranks."""
+    def __call__(
+        self, model: Clip, device: torch.device, folder: Path, share: tuple[int, int] = (0, 1)
+    ) -> Iterator[tuple[str, float]]:
+        """Score the model; `folder` receives the JSON and the ranks. Of several processes the first works."""
+        if share[0] != 0:
+            return
         encoder = encoder_of(model.to(device), {})
         result = retrieval(encoder, self.card, self.data, self.config.batch, self.config.workers)
         save_retrieval(result, encoder, folder)

@@ -73,11 +73,17 @@ class ZeroShot:
         self.images = find_images(self.card, config.data)
         check_count(self.card, self.images)
 
-    def __call__(self, model: Clip, device: torch.device, folder: Path) -> Iterator[tuple[str, float]]:
-        """Score the model on its device; `folder` receives the JSON and the arrays for the report."""
-        setting = Setting(batch=self.config.batch, workers=self.config.workers)
+    def __call__(
+        self, model: Clip, device: torch.device, folder: Path, share: tuple[int, int] = (0, 1)
+    ) -> Iterator[tuple[str, float]]:
+        """Score the model on its device; `folder` receives the JSON and the arrays for the report.
+
+        `share`: this process's number, and how many score together; all get the numbers, the first writes.
+        """
+        setting = Setting(batch=self.config.batch, workers=self.config.workers, share=share)
         result = zero_shot(encoder_of(model.to(device), {"name": model.shape.name}), self.card, self.images, setting)
-        save_result(result, result.record({"name": model.shape.name}), folder)
+        if share[0] == 0:
+            save_result(result, result.record({"name": model.shape.name}), folder)
         for name, value in result.metrics().items():
             yield f"zero_shot/{self.card.name}/{name}", value
 
