@@ -78,8 +78,9 @@ def test_two_ranks_train_as_one_process_does(tmp_path, shards):
         assert found["images"] == 23 and 0 <= found["metrics"]["top1"] <= 1
     assert len([r for r in read_log(tmp_path / "ddp") if "zero_shot/cifar10/top1" in r]) == 2
     right = losses(tmp_path / "alone")
-    for name in ("ddp", "fsdp2"):
-        assert losses(tmp_path / name) == pytest.approx(right, rel=5e-5), name
+    # FSDP2 runs with two micro-batches besides: its sums are taken in yet another order.
+    for name, tolerance in (("ddp", 1e-5), ("fsdp2", 5e-5)):
+        assert losses(tmp_path / name) == pytest.approx(right, rel=tolerance), name
     # What two ranks under ZeRO left, one process without it continues.
     assert final(tmp_path / "stopped").step == 7
     train(exact_run(tmp_path / "stopped", folder))
