@@ -134,7 +134,7 @@ def _stream(config: RunConfig, engine: Engine, shards: ShardSet, cursor: Cursor)
         cursor,
         batch_size=config.batch_size,
         image_size=config.model.vision.image_size,
-        context=config.model.text.context,
+        context=config.model.text.context if config.objective.captioned else 0,
         rank=rank(),
         ranks=world_size(),
         pin_memory=engine.device.type == "cuda",

@@ -201,7 +201,23 @@ def _index(path: Path, index_folder: Path | None) -> ShardHead:
     with path.open("rb") as file:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     head = ShardHead(str(path), stat.st_size, sha256, len(samples))
-    record = asdict(head) | {"version": VERSION, "modified": stat.st_mtime_ns}
+    file = index_file(path, index_folder)
+    make_index_folder(file.parent)
+    write_index(file, head, samples, modified=stat.st_mtime_ns)
+    return head
+
+
+def make_index_folder(folder: Path) -> None:
+    """Raises InputError with the way out when it cannot be made."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _not_written(folder, error) from None
+
+
+def write_index(file: Path, head: ShardHead, samples: dict[str, tuple[int, int, int, int]], *, modified: int) -> None:
+    """An index file, whole or not at all. `samples`: as of `samples_of`. `modified`: the shard's time, nanoseconds."""
+    record = asdict(head) | {"version": VERSION, "modified": modified}
     del record["path"]
     buffer = io.BytesIO()
     np.savez(
@@ -210,18 +226,18 @@ def _index(path: Path, index_folder: Path | None) -> ShardHead:
         spans=np.array(list(samples.values()), np.int64).reshape(-1, 4),
         keys=np.frombuffer(json.dumps(list(samples)).encode(), np.uint8),
     )
-    target = index_file(path, index_folder)
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = target.with_name(f"{target.name}.{os.getpid()}")
+        temporary = file.with_name(f"{file.name}.{os.getpid()}")
         temporary.write_bytes(buffer.getvalue())
-        temporary.replace(target)
+        temporary.replace(file)
     except OSError as error:
-        raise InputError(
-            f"the index of {path.name} cannot be written to {target.parent} ({error.strerror}); "
-            "name a folder that can with --data.index-folder"
-        ) from None
-    return head
+        raise _not_written(file, error) from None
+
+
+def _not_written(path: Path, error: OSError) -> InputError:
+    return InputError(
+        f"the index {path} cannot be written ({error.strerror}); name a folder that can with --data.index-folder"
+    )
 
 
 def samples_of(path: Path) -> dict[str, tuple[int, int, int, int]]:

@@ -105,7 +105,8 @@ class LoaderTimes:
 class Stream:
     """Endless batches from a cursor on. Iterating yields `(batch, cursor after it)`.
 
-    `batch_size` is the global batch; this rank yields its `batch_size / ranks` consecutive rows of it.
+    `batch_size` is the global batch; this rank yields its `batch_size / ranks` consecutive rows of it. `context`: token
+    ids of a caption; 0 leaves captions alone, whether the data has them or not, and yields images with rows of none.
     """
 
     def __init__(
@@ -120,6 +121,11 @@ class Stream:
         ranks: int = 1,
         pin_memory: bool = False,
     ) -> None:
+        if context and (name := shards.without_captions()):
+            raise InputError(
+                f"source {name!r} is a folder of images without captions; image-text pairs come as .tar files, which "
+                "`evaclip data` writes"
+            )
         if batch_size > len(shards):
             raise InputError(f"a batch of {batch_size:,} is larger than the data: {len(shards):,} samples")
         if batch_size % ranks:

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from evaclip import keyed
+from evaclip.data.folder import SUFFIX, OpenFolder
 from evaclip.data.index import ShardIndex, load_index
 from evaclip.data.shards import ShardSet
 from evaclip.data.tokenizer import clip_tokenizer
@@ -57,8 +58,9 @@ class Chunks(Dataset["Chunk | InputError"]):
         self.config = shards.config
         self.heads, self.cache = shards.heads, shards.cache
         self.order = shards.order(seed, batch_size)
-        clip_tokenizer(context)  # built before the workers fork, so that they share it
-        self.open_shards: OrderedDict[tuple[int, int], OpenShard] = OrderedDict()
+        if context:
+            clip_tokenizer(context)  # built before the workers fork, so that they share it
+        self.open_shards: OrderedDict[tuple[int, int], OpenShard | OpenFolder] = OrderedDict()
 
     def __getitem__(self, start: int) -> Chunk | InputError:
         try:
@@ -78,12 +80,17 @@ class Chunks(Dataset["Chunk | InputError"]):
             images[row], caption = self._usable(opened, int(sample), start + row, times, damage)
             captions.append(caption)
         began = time.perf_counter()
-        tokens = clip_tokenizer(self.context)(captions)
+        tokens = clip_tokenizer(self.context)(captions) if self.context else torch.empty(self.size, 0).int()
         times["tokenize"] += time.perf_counter() - began
         return Chunk(images, tokens, torch.from_numpy(positions), times, damage)
 
     def _usable(
-        self, shard: "OpenShard", sample: int, position: int, times: dict[str, float], damage: list[tuple[str, str]]
+        self,
+        shard: "OpenShard | OpenFolder",
+        sample: int,
+        position: int,
+        times: dict[str, float],
+        damage: list[tuple[str, str]],
     ) -> tuple[Tensor, str]:
         """The pixels and caption at a position, of another sample of the shard if its own is damaged."""
         random = keyed.generator(self.seed, "crop", position)
@@ -93,7 +100,8 @@ class Chunks(Dataset["Chunk | InputError"]):
                 sample = int(drawn.integers(len(shard.index.keys)))
             began = time.perf_counter()
             try:
-                data, caption = shard.read(sample)
+                data = shard.image(sample)
+                caption = shard.caption(sample) if self.context and isinstance(shard, OpenShard) else ""
                 read = time.perf_counter()
                 times["read"] += read - began
                 pixels = training_pixels(data, self.image_size, self.config.crop, random)
@@ -104,14 +112,15 @@ class Chunks(Dataset["Chunk | InputError"]):
                     damage.append((error.code, f"{shard.path} sample {shard.index.keys[sample]}"))
         raise DamagedDataError(f"{shard.path}: {REPLACEMENTS} samples in a row are damaged; fetch the shard again")
 
-    def _open(self, source: int, shard: int) -> "OpenShard":
+    def _open(self, source: int, shard: int) -> "OpenShard | OpenFolder":
         """The shard, opened once and kept while it is among the last used."""
         place = (source, shard)
         if place not in self.open_shards:
             head = self.heads[source][shard]
             path = Path(head.path)
             with self.cache.held(path, head):
-                opened = OpenShard(path, load_index(path, self.config.index_folder))
+                index = load_index(path, self.config.index_folder)
+                opened = OpenFolder(path, index) if path.suffix == SUFFIX else OpenShard(path, index)
             for other in [key for key, shard in self.open_shards.items() if shard.removed]:
                 self.open_shards.pop(
                     other
@@ -139,22 +148,27 @@ class OpenShard:
         """Give the file back."""
         os.close(self._file)
 
-    def read(self, sample: int) -> tuple[bytes, str]:
-        """The image's bytes and the caption. Raises BadImageError for a sample that lacks either."""
-        image_at, image_size, caption_at, caption_size = (int(number) for number in self.index.spans[sample])
-        if image_size <= 0:
+    def image(self, sample: int) -> bytes:
+        """The image's file. Raises BadImageError for a sample without one."""
+        offset, size = (int(number) for number in self.index.spans[sample, :2])
+        if size <= 0:
             raise BadImageError("no-image", "the sample has no jpg, png or webp")
-        if caption_size < 0:
+        return self._pread(offset, size)
+
+    def caption(self, sample: int) -> str:
+        """The caption, stripped. Raises BadImageError for a sample whose caption cannot be used."""
+        offset, size = (int(number) for number in self.index.spans[sample, 2:])
+        if size < 0:
             raise BadImageError("no-caption", "the sample has no txt")
-        if caption_size > MAX_CAPTION_BYTES:
-            raise BadImageError("long-caption", f"{caption_size:,} bytes")
+        if size > MAX_CAPTION_BYTES:
+            raise BadImageError("long-caption", f"{size:,} bytes")
         try:
-            caption = self._pread(caption_at, caption_size).decode("utf-8").strip()
+            caption = self._pread(offset, size).decode("utf-8").strip()
         except UnicodeDecodeError as error:
             raise BadImageError("caption-not-utf8", str(error)) from None
         if not caption:
             raise BadImageError("no-caption", "the caption is empty")
-        return self._pread(image_at, image_size), caption
+        return caption
 
     def _pread(self, offset: int, size: int) -> bytes:
         """Bytes at an offset, with a few more tries when the file system hiccups."""

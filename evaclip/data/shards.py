@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from evaclip.data.folder import SUFFIX, index_images
 from evaclip.data.index import ShardHead, expand, fingerprint, index_shards, lines_of
 from evaclip.data.manifest import read_merged
 from evaclip.data.order import Order, Source
@@ -23,7 +24,8 @@ class SourceConfig:
     name: str
     """What it is called in logs."""
     shards: tuple[str, ...]
-    """Brace patterns, folders of .tar files, or @list files; addresses as s3://bucket/{000..099}.tar too."""
+    """Brace patterns, folders of .tar files, or @list files; addresses as s3://bucket/{000..099}.tar too. Where no
+    captions are used, folders of image files as well."""
     weight: float = 1.0
     """Relative share of the samples."""
 
@@ -92,20 +94,32 @@ class ShardSet:
     def _indexed(self, source: SourceConfig) -> list[ShardHead]:
         """The heads of a source's shards, local ones and those at addresses, in the order in which they are named."""
         config = self.config
-        paths = [path for pattern in lines_of(source.shards) for path in self._places(pattern)] or expand(())
+        named = lines_of(source.shards)
+        loose = [
+            head
+            for name in named
+            if _holds_no_tars(Path(name))
+            for head in index_images(Path(name), config.index_folder)
+        ]
+        paths = [path for name in named if not _holds_no_tars(Path(name)) for path in self._places(name)]
         local = [path for path in paths if path not in self.cache.addresses]
         heads = index_shards(
-            local, index_folder=config.index_folder, skip_damaged=config.skip_damaged_shards,
-            processes=max(1, config.workers),
+            local or ([] if loose or paths else expand(())), index_folder=config.index_folder,
+            skip_damaged=config.skip_damaged_shards, processes=max(1, config.workers),
         )  # fmt: skip
         away = [path for path in paths if path in self.cache.addresses]
         found = {head.path: head for head in heads + self.cache.heads(away, config.skip_damaged_shards)}
-        return [found[str(path)] for path in paths if str(path) in found]
+        return [found[str(path)] for path in paths if str(path) in found] + loose
 
     def _places(self, pattern: str) -> list[Path]:
         if is_address(pattern):
             return [self.cache.place(address) for address in addresses(pattern)]
         return expand([pattern])
+
+    def without_captions(self) -> str | None:
+        """The name of a source that is a folder of images, if there is one."""
+        found = zip(self.config.sources, self.heads, strict=True)
+        return next((s.name for s, heads in found if any(head.path.endswith(SUFFIX) for head in heads)), None)
 
     def __len__(self) -> int:
         return sum(head.samples for heads in self.heads for head in heads)
@@ -137,6 +151,11 @@ class ShardSet:
         times = Counter(head.name for head in heads)
         names = (head.name if times[head.name] == 1 else "/".join(Path(head.path).parts[-2:]) for head in heads)
         return {name: asdict(head) for name, head in zip(names, heads, strict=True)}
+
+
+def _holds_no_tars(path: Path) -> bool:
+    """Whether it is a folder that must be one of images."""
+    return path.is_dir() and next(path.glob("*.tar"), None) is None
 
 
 def changed_shards(before: dict[str, dict[str, Any]], now: dict[str, dict[str, Any]]) -> list[str]:

@@ -81,5 +81,7 @@ def clip_tokenizer(context: int = 77) -> Tokenizer:
 
 def cut_to_longest(tokens: Int32[Tensor, "captions context"]) -> Int32[Tensor, "captions length"]:
     """The same captions without the columns in which all of them are padding."""
+    if not tokens.shape[1]:
+        return tokens
     longest = int(tokens.argmax(dim=1).max()) + 1  # the end token has the highest id
     return tokens[:, :longest]

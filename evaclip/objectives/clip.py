@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +24,8 @@ from evaclip.objectives.sigmoid import sigmoid_loss
 class ClipConfig:
     """The contrastive objective."""
 
+    captioned: ClassVar[bool] = True
+    """Whether captions are read."""
     kind: Literal["clip"] = "clip"
     """The objective's name."""
     mask_ratio: float = 0.5

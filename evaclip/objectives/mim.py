@@ -7,7 +7,7 @@ student's and the teacher's features at the masked patches.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +28,8 @@ from evaclip.objectives.teacher import patch_features
 class MimConfig:
     """Masked image modelling. Of the model's shape it uses the image tower; `dim` is the teacher's."""
 
+    captioned: ClassVar[bool] = False
+    """Whether captions are read."""
     kind: Literal["mim"] = "mim"
     """The objective's name."""
     teacher: str

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from evaclip.config import RunConfig
 from evaclip.errors import InputError, did_you_mean, near_path
-from evaclip.recipes import mim, published, small
+from evaclip.recipes import ladder, mim, published, small
 
 Recipe = Callable[[], RunConfig]
 RECIPES: dict[str, Recipe] = {
@@ -18,6 +18,8 @@ RECIPES: dict[str, Recipe] = {
     for function in (
         small.eva02_tiny_digits,
         small.eva02_tiny_cifar10,
+        ladder.ladder_clip,
+        ladder.ladder_mim,
         published.eva01_clip_g14,
         published.eva01_clip_g14_plus,
         published.eva02_clip_b16,

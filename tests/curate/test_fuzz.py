@@ -110,7 +110,7 @@ def one_broken_tar(path, same: bool, head: ShardHead) -> bool:
         shard = OpenShard(path, load_index(path))
         for sample in range(indexed.samples):
             try:
-                image, caption = shard.read(sample)
+                image, caption = shard.image(sample), shard.caption(sample)
                 assert image and caption
             except BadImageError as error:
                 assert error.code

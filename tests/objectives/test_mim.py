@@ -16,6 +16,7 @@ from evaclip.cli import main
 from evaclip.config import load_config
 from evaclip.data.masks import block_masks
 from evaclip.data.pipeline import Batch
+from evaclip.data.shards import SourceConfig
 from evaclip.data.transforms import CropConfig, normalized, training_pixels
 from evaclip.encoder import load_encoder
 from evaclip.engine import Engine, EngineConfig
@@ -28,7 +29,7 @@ from evaclip.objectives.teacher import patch_features
 from evaclip.optim import OptimConfig, TowerRates
 from evaclip.recipes import RECIPES
 from evaclip.train import train
-from tests.conftest import encoded
+from tests.conftest import encoded, made_pairs
 from tests.models.layouts import FAMILIES, eva_clip, openai_clip, shape_of, torchscript
 from tests.ranks import in_ranks
 from tests.test_train import final, losses, same_state, tiny_run
@@ -252,13 +253,35 @@ def test_a_masked_run_goes_on_bit_for_bit(tmp_path, recipe):
     assert same_state(tmp_path / "mim", tmp_path / "parts")
 
 
+def test_a_folder_of_images_serves_as_well_as_shards_and_a_clip_run_refuses_it(tmp_path, recipe, capfd):
+    for pair in made_pairs(24):
+        place = tmp_path / "photos" / pair.key[-1]
+        place.mkdir(parents=True, exist_ok=True)
+        (place / f"{pair.key}.png").write_bytes(pair.image)
+    (tmp_path / "shards.txt").write_text(str(tmp_path / "photos"))
+    source = (SourceConfig(name="photos", shards=(f"@{tmp_path / 'shards.txt'}",)),)
+    config = recipe(steps=3)
+    train(replace(config, data=replace(config.data, sources=source)))
+    assert len(losses(tmp_path / "mim")) == 3
+    clip = RECIPES["after"]()
+    with pytest.raises(InputError, match="source 'photos' is a folder of images without captions"):
+        train(replace(clip, data=replace(clip.data, sources=source)))
+    assert not (tmp_path / "clip" / "config.json").exists()
+
+
 def test_two_ranks_train_as_one_process_does(tmp_path, recipe):
     train(recipe(steps=4))
-    runs = [recipe(run_dir=tmp_path / kind, steps=4, engine=EngineConfig(precision="fp32", device="cpu", kind=kind))
-            for kind in ("ddp", "fsdp2")]  # fmt: skip
+    runs = [recipe(run_dir=tmp_path / f"{kind}_{precision}", steps=4,
+                   engine=EngineConfig(precision=precision, device="cpu", kind=kind))
+            for kind, precision in (("ddp", "fp32"), ("fsdp2", "fp32"), ("zero1", "fp32"), ("zero1", "fp16"))
+            ]  # fmt: skip
     in_ranks(2, all_of, runs)
     for run in runs:
-        assert losses(run.run_dir) == pytest.approx(losses(tmp_path / "mim"), rel=5e-5), run.run_dir
+        curve, whole = losses(run.run_dir), losses(tmp_path / "mim")
+        if run.engine.precision == "fp32":
+            assert curve == pytest.approx(whole, rel=5e-5), run.run_dir
+        else:  # dynamic scaling skips the steps in which it finds its scale, so the published setting lags behind
+            assert curve[1] == pytest.approx(whole[1], rel=5e-3) and curve[4] < curve[1] - 0.2
         assert final(run.run_dir).tensors["model"].keys() == final(tmp_path / "mim").tensors["model"].keys()
 
 
