@@ -24,6 +24,17 @@ def best_seconds(work: Callable[[], object], repeats: int = 5, clock: Callable[[
     return best
 
 
+def in_turns(*works: Callable[[], object], repeats: int = 2) -> list[float]:
+    """The shortest of several runs of each, one after the other in turns, so that other work disturbs all alike."""
+    best = [float("inf")] * len(works)
+    for _ in range(repeats + 1):  # one round more, which warms up
+        for number, work in enumerate(works):
+            start = time.perf_counter()
+            work()
+            best[number] = min(best[number], time.perf_counter() - start)
+    return best
+
+
 def extra_peak_megabytes(code: str) -> float:
     """How far the resident memory of a fresh process rises while `run()`, defined by `code`, runs (Linux)."""
     probe = (

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import torch
-from measure import write_result
+from measure import in_turns, write_result
 
 from evaclip.search import exact, index, store
 
@@ -81,17 +81,6 @@ def bare_product(vectors: list[np.ndarray], queries: np.ndarray) -> Callable[[],
             torch.mm(asked, part.T, out=scores) if len(part) == exact.CHUNK else torch.mm(asked, part.T)
 
     return product
-
-
-def in_turns(*works: Callable[[], object], repeats: int = 2) -> list[float]:
-    """The shortest of several runs of each, one after the other in turns, so that other work disturbs all alike."""
-    best = [float("inf")] * len(works)
-    for _ in range(repeats + 1):  # one round more, which warms up
-        for number, work in enumerate(works):
-            start = time.perf_counter()
-            work()
-            best[number] = min(best[number], time.perf_counter() - start)
-    return best
 
 
 def row(folder: Path, rows: int) -> list[str]:

@@ -23,7 +23,7 @@ USAGE = """evaclip: train CLIP models bootstrapped from EVA, and score them zero
   evaclip average RUN --last 3 --out DIR     the mean of a run's last checkpoints as a model of its own
   evaclip compare A.json B.json              two models on the same images: who is better, and is it chance
   evaclip report RUN_OR_FOLDER               all scores below a folder as one page
-  evaclip export RUN DIR --to FORMAT         a trained model for open_clip, timm, ONNX, torch.export
+  evaclip export RUN DIR --to FORMAT         a model for open_clip, timm, transformers, ONNX, torch.export
   evaclip embed SOURCE OUT --model RUN       images or captions to vectors, with a table of what they stand for
   evaclip index OUT                          make them searchable: exact, or approximate with measured recall
   evaclip search OUT "a red bicycle"         by words, images, or both; JSON lines or a page of thumbnails

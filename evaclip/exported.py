@@ -19,14 +19,16 @@ from torch import Tensor, nn
 
 from evaclip.errors import CheckpointError, InputError
 from evaclip.models.clip import Clip
-from evaclip.models.shapes import ClipShape
+from evaclip.models.shapes import ClipShape, PlainShape
 from evaclip.models.text import TextTower
 from evaclip.models.vision import VisionTower
+from evaclip.models.weights import read_weights
+from evaclip.models.weights.plain import plain_clip
 from evaclip.records import structured
 
 MANIFEST = "evaclip_manifest.json"
 VERSION = 1
-Format = Literal["open_clip", "timm", "onnx", "torch_export", "evaclip"]
+Format = Literal["open_clip", "timm", "huggingface", "onnx", "torch_export", "evaclip"]
 Tower = Literal["image", "text"]
 
 
@@ -46,7 +48,7 @@ class Manifest:
     """What the model is called."""
     space_id: str
     """Of the model that was exported, see `Encoder.space_id`."""
-    shape: ClipShape
+    shape: ClipShape | PlainShape
     """Both towers of the model."""
     preprocessing: dict[str, Any]
     """How an image becomes what the image tower takes."""
@@ -129,6 +131,10 @@ def load_towers(folder: Path, manifest: Manifest, device: torch.device, *, trust
     """
     if manifest.format == "evaclip":
         return _own_towers(folder, manifest, device)
+    if manifest.format == "huggingface":
+        weights = read_weights(folder)
+        assert weights.activation is not None  # its config.json says it, or reading it failed
+        return plain_clip(weights, weights.activation).to(device)
     loaders: Mapping[str, Callable[[str], Callable[[Tensor], Tensor]]] = {
         "timm": lambda _: timm.create_model(f"local-dir:{folder}", pretrained=True).eval().to(device),
         "onnx": lambda tower: _onnx_tower(folder / f"{tower}.onnx", device),
@@ -145,6 +151,8 @@ def load_towers(folder: Path, manifest: Manifest, device: torch.device, *, trust
 
 def _own_towers(folder: Path, manifest: Manifest, device: torch.device) -> nn.Module:
     shape, state = manifest.shape, load_file(folder / "model.safetensors")
+    if not isinstance(shape, ClipShape):
+        raise CheckpointError(f"{folder / MANIFEST} gives the shape of a plain CLIP to an export that holds none")
     if len(manifest.towers) == 2:
         whole = Clip(shape, logit_bias="logit_bias" in state)
         whole.load_state_dict(state)

@@ -195,4 +195,5 @@ def in_threads(
 
 def out_of_memory(error: RuntimeError) -> bool:
     """Whether torch says that memory ran out: on a GPU by the kind of its error, on a CPU by its words."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    said = str(error)
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in said or "not enough memory" in said

@@ -5,21 +5,19 @@ takes seconds (it loads torchvision and every model family), so only code that b
 """
 
 from open_clip.factory import create_model, get_tokenizer
-from open_clip.model import CLIPTextCfg, CLIPVisionCfg, CustomTextCLIP
 from open_clip.pretrained import list_pretrained_tags_by_model
 from open_clip.tokenizer import SimpleTokenizer, default_bpe
-from open_clip.transformer import QuickGELU, TextTransformer
+from open_clip.transformer import LayerNorm, QuickGELU, TextTransformer, VisionTransformer
 from open_clip.zero_shot_metadata import IMAGENET_CLASSNAMES, OPENAI_IMAGENET_TEMPLATES
 
 __all__ = [
     "IMAGENET_CLASSNAMES",
     "OPENAI_IMAGENET_TEMPLATES",
-    "CLIPTextCfg",
-    "CLIPVisionCfg",
-    "CustomTextCLIP",
+    "LayerNorm",
     "QuickGELU",
     "SimpleTokenizer",
     "TextTransformer",
+    "VisionTransformer",
     "create_model",
     "default_bpe",
     "get_tokenizer",

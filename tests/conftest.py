@@ -14,6 +14,12 @@ from evaclip.models.shapes import ClipShape, TextShape, eva02_small
 
 torch.set_num_threads(2)
 
+# What torch says where memory runs out.
+OUT_OF_MEMORY = [
+    torch.OutOfMemoryError("CUDA out of memory"),
+    RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+]
+
 
 @pytest.fixture
 def tiny_shape() -> ClipShape:

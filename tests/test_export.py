@@ -240,7 +240,7 @@ def test_the_tokenizer_beside_a_program_gives_the_ids_of_ours(tmp_path):
     theirs, ours = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json")), clip_tokenizer(77)
     strange = [
         "It's 3pm; we'LL GO!?",
-        "naïve Straße ÉCOLE 北京 привет 😀 x²",
+        "naïve Straße ÉCOLE cafe\u0301 北京 привет 😀 x²",
         "  tabs\tand\nlines ",
         "a1b2 -- 1,234",
         "w " * 99,
@@ -315,7 +315,6 @@ def test_what_cannot_be_exported_is_one_sentence(tiny_run, tmp_path, capfd):
     assert "open_clip loads both towers" in refused(tiny_run, out, "--to", "open_clip", "--towers", "image")
     assert "is for --to onnx" in refused(tiny_run, out, "--to", "open_clip", "--precision", "fp16")
     assert "does not exist" in refused(tmp_path / "nothing", out, "--to", "onnx")
-    assert "has not both towers of an EVA-CLIP model" in refused("ViT-S-32-alt:random", out, "--to", "onnx")
     assert "is not empty" in refused(tiny_run, tiny_run, "--to", "onnx")
     image = export(tiny_run, tmp_path / "image", "evaclip", "--towers", "image")
     assert "has not both towers" in refused(image, out, "--to", "onnx")

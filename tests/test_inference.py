@@ -16,6 +16,7 @@ from evaclip.inference import Batches, Model, in_threads, out_of_memory, read_im
 from evaclip.models.clip import Clip
 from evaclip.recipes.small import eva02_tiny_digits
 from evaclip.records import unstructured
+from tests.conftest import OUT_OF_MEMORY
 
 CAPTIONS = ["a long caption about a cat and its many, many friends", "dog", "", "a photo of a dog"]
 
@@ -70,7 +71,8 @@ def test_nothing_gives_no_rows(model):
     assert model.encode_image([]).shape == (0, 64) and model.encode_text([]).shape == (0, 64)
 
 
-def test_a_batch_that_does_not_fit_is_halved_and_stays_small(model, pictures):
+@pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=["gpu", "cpu"])
+def test_a_batch_that_does_not_fit_is_halved_and_stays_small(model, pictures, error):
     expected = model.encode_image(pictures)
     model = Model(model.encoder, batch_size=8)
     fits, sizes = model._image_rows, []
@@ -78,7 +80,7 @@ def test_a_batch_that_does_not_fit_is_halved_and_stays_small(model, pictures):
     def small_memory(images):
         sizes.append(len(images))
         if len(images) > 2:
-            raise torch.OutOfMemoryError("CUDA out of memory")
+            raise error
         return fits(images)
 
     model._image_rows = small_memory

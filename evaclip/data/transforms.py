@@ -98,7 +98,7 @@ def evaluation_pixels(
 
     The conversion to RGB comes first: a palette cannot be interpolated.
     """
-    image = image.convert("RGB")
+    image = image if image.mode == "RGB" else image.convert("RGB")  # which would copy it all
     width, height = image.size
     short = min(width, height)
     if short != size:
@@ -106,7 +106,8 @@ def evaluation_pixels(
         image = image.resize((width, height), filter)
     left, top = round((width - size) / 2.0), round((height - size) / 2.0)
     cropped = image.crop((left, top, left + size, top + size))
-    return torch.from_numpy(np.array(cropped)).permute(2, 0, 1).contiguous()
+    # By numpy: torch would share these few bytes among all cores, in every thread that decodes, and wait for them.
+    return torch.from_numpy(np.asarray(cropped).transpose(2, 0, 1).copy())
 
 
 def normalized(pixels: UInt8[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch 3 height width"]:

@@ -5,13 +5,20 @@ so each of them works with a run of ours, an exported folder, and any model of o
 """
 
 from evaclip.encoder.dual import Encoder, Preprocessing, encoder_of, weights_hash
-from evaclip.encoder.sources import clip_of_checkpoint, clip_of_run, encoder_of_export, load_encoder
+from evaclip.encoder.sources import (
+    clip_of_checkpoint,
+    clip_of_run,
+    described_preprocessing,
+    encoder_of_export,
+    load_encoder,
+)
 
 __all__ = [
     "Encoder",
     "Preprocessing",
     "clip_of_checkpoint",
     "clip_of_run",
+    "described_preprocessing",
     "encoder_of",
     "encoder_of_export",
     "load_encoder",

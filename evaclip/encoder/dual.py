@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from evaclip.data.tokenizer import clip_tokenizer, cut_to_longest
 from evaclip.data.transforms import MEAN, STD, evaluation_pixels
 from evaclip.models.clip import Clip
+from evaclip.models.plain import PlainClip
+from evaclip.models.weights.names import TEXT_ROOTS
 from evaclip.records import unstructured
 
 Triple = tuple[float, float, float]
@@ -119,19 +121,23 @@ class Encoder:
 
 
 def weights_hash(state: Mapping[str, Tensor]) -> str:
-    """SHA-256 over names, shapes and float32 values of everything that decides a vector's direction."""
+    """SHA-256 over names, shapes and float32 values of everything that decides a vector's direction.
 
-    def line(name: str) -> str:
-        value = state[name].detach()
+    A plain CLIP is the same one whether its text tower's names begin with `text.` or, as in open_clip, do not.
+    """
+    places = {f"text.{name}" if name.split(".")[0] in TEXT_ROOTS else name: name for name in state}
+
+    def line(place: str) -> str:
+        value = state[places[place]].detach()
         flat = value.to("cpu", torch.float32).contiguous().numpy().data
-        return f"{name} {list(value.shape)} {hashlib.sha256(flat).hexdigest()}"
+        return f"{place} {list(value.shape)} {hashlib.sha256(flat).hexdigest()}"
 
-    names = sorted(name for name in state if name not in ("logit_scale", "logit_bias"))
+    names = sorted(place for place in places if place not in ("logit_scale", "logit_bias"))
     with ThreadPoolExecutor(4) as pool:
         return hashlib.sha256("\n".join(pool.map(line, names)).encode()).hexdigest()
 
 
-def encoder_of(model: Clip, origin: dict[str, str]) -> Encoder:
+def encoder_of(model: Clip | PlainClip, origin: dict[str, str]) -> Encoder:
     """An encoder of towers that are in memory, on the device where they are."""
     tokenizer = clip_tokenizer(model.shape.text.context)
     return Encoder(

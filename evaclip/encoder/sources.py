@@ -1,7 +1,6 @@
 """Where an encoder comes from: a run of ours, an export, a file of weights in any layout, a model of open_clip."""
 
 import json
-import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -110,19 +109,9 @@ def _from_weights(weights: Weights, device: torch.device) -> Encoder:
             f"{weights.path} does not say whether it was trained with GELU or QuickGELU: put open_clip's name of the "
             "model before it, as in ViT-B-32-quickgelu:FILE"
         )
-    model = plain_clip(weights, weights.activation)
-    side = weights.named.tensors["visual.positional_embedding"].shape[0] - 1
-    patch = weights.named.tensors["visual.conv1.weight"].shape[-1]
-    context = len(weights.named.tensors["text.positional_embedding"])
-    tokenizer = clip_tokenizer(context)
-    return Encoder(
-        name=weights.path.stem,
-        model=model.to(device),
-        preprocessing=_described_preprocessing(weights.path, math.isqrt(side) * patch),
-        tokenizer=lambda captions: tokenizer(captions).long(),
-        device=device,
-        origin=_origin(weights),
-    )
+    model = plain_clip(weights, weights.activation).to(device)
+    prepared = described_preprocessing(weights.path, model.shape.vision.image_size)
+    return replace(encoder_of(model, _origin(weights)), preprocessing=prepared)
 
 
 def _from_named_weights(name: str, weights: Weights, device: torch.device) -> Encoder:
@@ -148,8 +137,11 @@ def _origin(weights: Weights) -> dict[str, str]:
     return {"weights": str(weights.path), "sha256": weights.sha256, "layout": weights.named.layout}
 
 
-def _described_preprocessing(folder: Path, size: int) -> Preprocessing:
-    """What Hugging Face's preprocessor_config.json says, OpenAI's own where there is none."""
+def described_preprocessing(folder: Path, size: int) -> Preprocessing:
+    """What Hugging Face's preprocessor_config.json says, OpenAI's own where there is none.
+
+    `size`: pixels of a side that the image tower takes. Raises CheckpointError for what we do not do.
+    """
     path = folder / "preprocessor_config.json"
     if not path.is_file():
         return Preprocessing(size=size)
@@ -157,10 +149,17 @@ def _described_preprocessing(folder: Path, size: int) -> Preprocessing:
         found = json.loads(path.read_text())
         mean, std = (tuple(float(value) for value in found[name]) for name in ("image_mean", "image_std"))
         filter = Image.Resampling(found.get("resample", Image.Resampling.BICUBIC)).name.lower()
+        given = found.get("size", size)  # of early files a number: the shortest side
+        sides = [int(side) for side in (given.values() if isinstance(given, dict) else [given])]
         (a, b, c), (d, e, f) = mean, std
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path} does not describe how images are prepared: {error!r}") from None
-    return Preprocessing(size=size, mean=(a, b, c), std=(d, e, f), interpolation=filter)
+    if set(sides) != {size}:
+        raise CheckpointError(
+            f"{path} resizes images to {given} and the tower takes {size}; only one size is known here"
+        )
+    resize = "squash" if len(sides) == 2 else "shortest"
+    return Preprocessing(size=size, mean=(a, b, c), std=(d, e, f), interpolation=filter, resize=resize)
 
 
 def encoder_of_export(folder: Path, manifest: Manifest, device: torch.device, *, trusted: bool = False) -> Encoder:

@@ -14,9 +14,11 @@ import torch
 import tyro
 from rich.console import Console
 from rich.table import Table
+from torch import nn
 
 from evaclip.encoder import Encoder, encoder_of, encoder_of_export, load_encoder
 from evaclip.errors import CheckpointError, InputError
+from evaclip.export.hugging_face import transformers_encoder, write_hugging_face
 from evaclip.export.parity import Parity, compare
 from evaclip.export.programs import Precision, write_onnx, write_torch_export
 from evaclip.export.tokenizer_file import write_tokenizer
@@ -24,7 +26,9 @@ from evaclip.export.weights import TIMM_NAMES, write_open_clip, write_own, write
 from evaclip.exported import MANIFEST, VERSION, Format, Manifest, Tower, described, read_manifest
 from evaclip.log import say
 from evaclip.models.clip import Clip
+from evaclip.models.plain import PlainClip
 from evaclip.models.shapes import SHAPES, ClipShape
+from evaclip.models.weights.plain import plain_clip_of
 from evaclip.records import unstructured
 
 # The least cosine and the least share of equal top matches of an export that may keep the model's name.
@@ -36,12 +40,14 @@ class ExportCommand:
     """Write a trained model in the form of another program, with a manifest and a proof that it is the same model."""
 
     source: tyro.conf.Positional[str]
-    """Folder of a run or of an earlier export, or an EVA model of open_clip (`EVA02-B-16:merged2b_s8b_b131k`)."""
+    """Folder of a run, of an earlier export or of a CLIPModel; a file of weights; or an EVA model or a plain CLIP of
+    open_clip (`EVA02-B-16:merged2b_s8b_b131k`, `ViT-B-32-quickgelu:openai`)."""
     out: tyro.conf.Positional[Path]
     """The new folder."""
-    to: Format | Literal["huggingface"]
-    """open_clip (its `local-dir:` folder), timm (the image tower), onnx or torch_export (programs, towers apart),
-    evaclip (every shape, also those that open_clip cannot express)."""
+    to: Format
+    """open_clip (its `local-dir:` folder), timm (the image tower), huggingface (transformers' CLIPModel, of plain CLIPs
+    alone), onnx or torch_export (programs, towers apart), evaclip (every EVA shape, also those that open_clip cannot
+    express)."""
     towers: Literal["both", "image", "text"] = "both"
     """Which towers to export."""
     precision: Precision = "fp32"
@@ -59,14 +65,16 @@ def run_export(command: ExportCommand) -> None:
     if command.out.exists() and (not command.out.is_dir() or any(command.out.iterdir())):
         raise InputError(f"{command.out} is not empty; name a new folder")
     say(f"reading {command.source}")
-    encoder = source_encoder(command.source)
+    source = load_encoder(command.source)
+    encoder = in_our_towers(source, command.source)
+    _refuse(command, encoder.model)
     say(f"writing {encoder.name} as {command.to}, {command.precision}")
     temporary = command.out.resolve().with_name(f"{command.out.name}.tmp-{secrets.token_hex(4)}")
     try:
         temporary.mkdir(parents=True)
         _write(command, encoder, towers, temporary)
         manifest = _manifest(command, encoder, towers, temporary)
-        parity = _compared(encoder, temporary, manifest)
+        parity = _compared(source, temporary, manifest)
         print_parity(parity)
         _judge(command, parity)
         (temporary / MANIFEST).write_text(json.dumps(unstructured(replace(manifest, parity=asdict(parity))), indent=1))
@@ -81,20 +89,28 @@ def run_export(command: ExportCommand) -> None:
     _say_what_it_is(command, manifest)
 
 
-def source_encoder(source: str) -> Encoder:
-    """The model to export, with towers of ours. Raises InputError for any other."""
-    encoder = load_encoder(source)
-    if isinstance(encoder.model, Clip):
+def in_our_towers(encoder: Encoder, source: str) -> Encoder:
+    """The same model in towers of ours. Raises InputError for any that is neither an EVA-CLIP nor a plain CLIP."""
+    if isinstance(encoder.model, Clip | PlainClip):
         return encoder
     manifest = read_manifest(Path(source))
     shape = manifest.shape if manifest else SHAPES.get(source.partition(":")[0])
     state = encoder.model.state_dict()
-    if shape is None or "visual.trunk.cls_token" not in state or "text.text_projection" not in state:
-        raise InputError(f"{source} has not both towers of an EVA-CLIP model in weights that can be read: name a run")
-    model = Clip(shape, logit_bias="logit_bias" in state)
-    scalars = {name: state[name].reshape(1) for name in ("logit_scale", "logit_bias") if name in state}
-    model.load_state_dict(state | scalars)
-    return replace(encoder_of(model.eval(), encoder.origin), preprocessing=encoder.preprocessing)
+    if isinstance(shape, ClipShape) and "visual.trunk.cls_token" in state and "text.text_projection" in state:
+        model: Clip | PlainClip = Clip(shape, logit_bias="logit_bias" in state)
+        scalars = {name: state[name].reshape(1) for name in ("logit_scale", "logit_bias") if name in state}
+        model.load_state_dict(state | scalars)
+    else:
+        try:
+            model = plain_clip_of(encoder.model, manifest.name if manifest else Path(encoder.name).name)
+        except CheckpointError as error:
+            raise InputError(
+                f"{source} has not both towers of an EVA-CLIP or of a plain CLIP in weights that can be read: {error}"
+            ) from None
+    found = replace(encoder_of(model.eval(), encoder.origin), preprocessing=encoder.preprocessing)
+    if found.space_id != encoder.space_id:
+        raise InputError(f"the tokenizer of {source} is not CLIP's, and none of the formats has a place for another")
+    return found
 
 
 def print_parity(parity: Parity) -> None:
@@ -110,46 +126,60 @@ def print_parity(parity: Parity) -> None:
 
 def _towers(command: ExportCommand) -> tuple[Tower, ...]:
     """Which towers a format takes. Raises InputError for what it cannot hold."""
-    if command.to == "huggingface":
-        raise InputError(
-            "no EVA tower can be expressed as Hugging Face's CLIPModel: that one has a norm before its first block, no "
-            "bias at its patches and its projection, and neither rotary positions nor SwiGLU nor inner norms. "
-            "Take --to timm, which transformers reads as AutoModelForImageClassification, or --to open_clip or onnx"
-        )
     if command.precision != "fp32" and command.to != "onnx":
         raise InputError(f"--precision {command.precision} is for --to onnx; {command.to} takes the weights in fp32")
     if command.to == "open_clip" and command.towers != "both":
         raise InputError("open_clip loads both towers or none; one alone goes --to timm, onnx, torch_export or evaclip")
     if command.to == "timm" and command.towers == "text":
         raise InputError("timm has image towers only; the text tower alone goes --to onnx, torch_export or evaclip")
+    if command.to == "huggingface" and command.towers != "both":
+        raise InputError("CLIPModel has both towers; one alone goes --to onnx or torch_export")
     if command.to == "timm":
         return ("image",)
     return ("image", "text") if command.towers == "both" else (command.towers,)
 
 
+def _refuse(command: ExportCommand, model: nn.Module) -> None:
+    """Raise InputError for a format that has no place for this kind of image tower."""
+    if command.to == "huggingface" and not isinstance(model, PlainClip):
+        raise InputError(
+            "no EVA tower can be expressed as Hugging Face's CLIPModel: that one has a norm before its first block, no "
+            "bias at its patches and its projection, and neither rotary positions nor SwiGLU nor inner norms. "
+            "Take --to timm, which transformers reads as AutoModelForImageClassification, or --to open_clip or onnx"
+        )
+    if command.to in ("timm", "evaclip") and isinstance(model, PlainClip):
+        raise InputError(
+            f"--to {command.to} is for EVA towers, and {model.shape.name} has a plain vision transformer: take "
+            "--to huggingface, open_clip, onnx or torch_export"
+        )
+
+
 def _write(command: ExportCommand, encoder: Encoder, towers: Sequence[Tower], folder: Path) -> None:
     model = encoder.model
-    assert isinstance(model, Clip)
+    assert isinstance(model, Clip | PlainClip)
     if command.to == "open_clip":
         address = command.address or f"local-dir:{command.out.resolve()}"
         write_open_clip(model, encoder.preprocessing, folder, address)
-    elif command.to == "timm":
+    elif isinstance(model, PlainClip) and command.to == "huggingface":
+        write_hugging_face(model, encoder.preprocessing, folder)
+    elif isinstance(model, Clip) and command.to == "timm":
         write_timm(model, encoder.preprocessing, folder)
     elif command.to == "onnx":
         write_onnx(model, towers, command.precision, folder)
     elif command.to == "torch_export":
         write_torch_export(model, towers, folder)
-    else:
+    elif isinstance(model, Clip):
         write_own(model, towers, folder)
     if "text" in towers and command.to in ("onnx", "torch_export"):
         write_tokenizer(folder, model.shape.text.context)
 
 
 def _manifest(command: ExportCommand, encoder: Encoder, towers: tuple[Tower, ...], folder: Path) -> Manifest:
-    assert isinstance(encoder.model, Clip) and command.to != "huggingface"
-    shape: ClipShape = encoder.model.shape
+    assert isinstance(encoder.model, Clip | PlainClip)
+    shape = encoder.model.shape
     packages = ("evaclip", "torch", "timm", "open_clip_torch", "tokenizers", "pillow")
     packages += ("onnx", "onnxscript", "onnxruntime") if command.to == "onnx" else ()
+    packages += ("transformers",) if command.to == "huggingface" else ()
     manifest = Manifest(
         version=VERSION,
         format=command.to,
@@ -186,6 +216,8 @@ def _compared(encoder: Encoder, folder: Path, manifest: Manifest) -> Parity:
             export = load_encoder(folder)
         else:
             export = encoder_of_export(folder, manifest, torch.device("cpu"), trusted=True)  # written a moment ago
+        if manifest.format == "huggingface":
+            export = transformers_encoder(folder, export)
         return compare(encoder, export, manifest.towers)
     except Exception as error:  # a runtime that refuses what was written has words of its own
         if isinstance(error, InputError) and not isinstance(error, CheckpointError):
@@ -207,7 +239,8 @@ def _judge(command: ExportCommand, parity: Parity) -> None:
 def _say_what_it_is(command: ExportCommand, manifest: Manifest) -> None:
     towers = " and ".join(manifest.towers)
     say(f"written to {command.out}: {manifest.name} as {command.to}, {towers}, {manifest.precision}")
-    if command.to == "open_clip" and manifest.shape.vision not in TIMM_NAMES:
+    shape = manifest.shape
+    if command.to == "open_clip" and isinstance(shape, ClipShape) and shape.vision not in TIMM_NAMES:
         address = command.address or f"local-dir:{command.out.resolve()}"
         say(
             f"timm has no name for this image tower, so open_clip finds it under {address}; for another place, export "

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from evaclip.errors import InputError
 from evaclip.exported import Tower
 from evaclip.models.clip import Clip
+from evaclip.models.plain import PlainClip
 
 Precision = Literal["fp32", "fp16", "int8"]
 # A protobuf file holds 2 GB; larger weights lie beside it.
@@ -54,7 +55,7 @@ class _TextEncoder(nn.Module):
         return F.normalize(self.tower(input_ids.to(torch.int32)).float(), dim=1)
 
 
-def write_torch_export(model: Clip, towers: Sequence[Tower], folder: Path) -> None:
+def write_torch_export(model: Clip | PlainClip, towers: Sequence[Tower], folder: Path) -> None:
     """`image.pt2` and `text.pt2`, for torch.export.load."""
     for tower in towers:
         with _without_chatter():
@@ -64,7 +65,7 @@ def write_torch_export(model: Clip, towers: Sequence[Tower], folder: Path) -> No
             torch.export.save(program, folder / f"{tower}.pt2")
 
 
-def write_onnx(model: Clip, towers: Sequence[Tower], precision: Precision, folder: Path) -> None:
+def write_onnx(model: Clip | PlainClip, towers: Sequence[Tower], precision: Precision, folder: Path) -> None:
     """`image.onnx` and `text.onnx`. Raises InputError when the packages are missing."""
     try:
         import onnx
@@ -99,7 +100,7 @@ def _forget_where_it_was_made(proto: Any) -> None:
     del proto.metadata_props[:]
 
 
-def _captured(model: Clip, tower: Tower, dtype: torch.dtype) -> torch.export.ExportedProgram:
+def _captured(model: Clip | PlainClip, tower: Tower, dtype: torch.dtype) -> torch.export.ExportedProgram:
     """A tower as a graph in which the batch, and a caption's length, may be anything."""
     own = model.visual if tower == "image" else model.text
     if dtype != torch.float32:

@@ -19,7 +19,8 @@ from evaclip.encoder import Preprocessing
 from evaclip.errors import InputError
 from evaclip.exported import Tower
 from evaclip.models.clip import Clip
-from evaclip.models.shapes import SHAPES, ClipShape, VisionShape
+from evaclip.models.plain import PlainClip, mlp_ratio
+from evaclip.models.shapes import SHAPES, ClipShape, PlainShape, TextShape, VisionShape
 from evaclip.models.vision import trunk_arguments
 
 # The EVA towers that timm has by name.
@@ -34,15 +35,17 @@ TIMM_NAMES: dict[VisionShape, str] = {
 ANY_EVA = "eva02_base_patch16_clip_224"
 
 
-def write_open_clip(model: Clip, preprocessing: Preprocessing, folder: Path, address: str) -> None:
+def write_open_clip(model: Clip | PlainClip, preprocessing: Preprocessing, folder: Path, address: str) -> None:
     """`open_clip_config.json` and `open_clip_model.safetensors`.
 
     `address`: where timm will find the folder, `local-dir:PATH` or `hf-hub:ORGANISATION/NAME`; used only for a tower
     that it has no name for. Raises InputError for a shape that neither can express.
     """
-    refuse_beyond_timm(model.shape, "open_clip")
+    shape = model.shape
+    if isinstance(shape, ClipShape):
+        refuse_beyond_timm(shape, "open_clip")
     config = {
-        "model_cfg": open_clip_config(model.shape, address),
+        "model_cfg": plain_config(shape) if isinstance(shape, PlainShape) else open_clip_config(shape, address),
         "preprocess_cfg": {
             "mean": list(preprocessing.mean),
             "std": list(preprocessing.std),
@@ -52,11 +55,11 @@ def write_open_clip(model: Clip, preprocessing: Preprocessing, folder: Path, add
     }
     state = dict(model.state_dict())
     state["logit_scale"] = state["logit_scale"].reshape([])  # ours has one element, open_clip's has no dimension
-    if model.logit_bias is not None:
+    if "logit_bias" in state:
         config["model_cfg"]["init_logit_bias"] = float(state["logit_bias"])
         state["logit_bias"] = state["logit_bias"].reshape([])
-    if model.shape.vision not in TIMM_NAMES:
-        _write_json(folder / "config.json", timm_config(model.shape, preprocessing))
+    if isinstance(shape, ClipShape) and shape.vision not in TIMM_NAMES:
+        _write_json(folder / "config.json", timm_config(shape, preprocessing))
     _write_json(folder / "open_clip_config.json", config)
     _save(state, folder / "open_clip_model.safetensors")
 
@@ -88,15 +91,38 @@ def open_clip_config(shape: ClipShape, address: str) -> dict[str, Any]:
             "timm_pool": "token",
             "timm_proj": None,
         },
-        "text_cfg": {
-            "context_length": shape.text.context,
-            "vocab_size": shape.text.vocabulary,
-            "width": shape.text.width,
-            "heads": shape.text.heads,
-            "layers": shape.text.depth,
-        },
+        "text_cfg": _text_config(shape.text),
         "custom_text": True,
     } | ({"quick_gelu": True} if shape.text.activation == "quick_gelu" else {})
+
+
+def plain_config(shape: PlainShape) -> dict[str, Any]:
+    """open_clip's `model_cfg` of a plain CLIP."""
+    vision = shape.vision
+    return {
+        "embed_dim": shape.dim,
+        "quick_gelu": shape.activation == "quick_gelu",
+        "vision_cfg": {
+            "image_size": vision.image_size,
+            "patch_size": vision.patch_size,
+            "width": vision.width,
+            "layers": vision.depth,
+            "head_width": vision.width // vision.heads,
+            "mlp_ratio": mlp_ratio(vision.mlp_hidden, vision.width),
+        },
+        "text_cfg": _text_config(shape.text),
+        "custom_text": True,
+    }
+
+
+def _text_config(text: TextShape) -> dict[str, int]:
+    return {
+        "context_length": text.context,
+        "vocab_size": text.vocabulary,
+        "width": text.width,
+        "heads": text.heads,
+        "layers": text.depth,
+    }
 
 
 def timm_config(shape: ClipShape, preprocessing: Preprocessing) -> dict[str, Any]:

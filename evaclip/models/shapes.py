@@ -1,4 +1,4 @@
-"""The shape of every EVA-CLIP model as plain numbers.
+"""The shape of every EVA-CLIP model as plain numbers, and that of a CLIP with a plain vision transformer.
 
 The first seven carry open_clip's names and have its parameters, key for key; 8B and 18B are known to neither
 open_clip nor timm. Sources: EVA (arXiv 2211.07636, section 2), EVA-02 (2303.11331, table 2), EVA-CLIP (2303.15389,
@@ -93,6 +93,40 @@ class ClipShape:
     """The image tower."""
     text: TextShape
     """The text tower."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlainVisionShape:
+    """A plain vision transformer as in OpenAI's CLIP: a class token, a norm before the blocks, GELU or QuickGELU."""
+
+    image_size: int
+    """Side of the square input in pixels."""
+    patch_size: int
+    """Side of a patch in pixels; it must divide the image."""
+    width: int
+    """Channels of a token."""
+    depth: int
+    """Number of blocks."""
+    heads: int
+    """Attention heads; they must divide the width."""
+    mlp_hidden: int
+    """Hidden channels of the MLP."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlainShape:
+    """CLIP with a plain vision transformer (arXiv 2103.00020): a model of others, which evaclip takes and hands on."""
+
+    name: str
+    """What the model is called."""
+    dim: int
+    """Dimensions of the joint space."""
+    activation: Activation
+    """Of both towers' MLPs."""
+    vision: PlainVisionShape
+    """The image tower."""
+    text: TextShape
+    """The text tower, with the same activation."""
 
 
 def _eva01_g() -> VisionShape:

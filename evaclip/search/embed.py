@@ -28,6 +28,7 @@ from evaclip.data.transforms import BadImageError, opened
 from evaclip.encoder import Encoder, load_encoder
 from evaclip.engine import EngineConfig
 from evaclip.errors import InputError
+from evaclip.inference import out_of_memory
 from evaclip.log import progress, say
 from evaclip.search import store
 from evaclip.search.processes import shared
@@ -286,8 +287,3 @@ class Batches:
 
     def _texts(self, captions: Any) -> Tensor:
         return self.encoder.texts(captions, batch=len(captions))
-
-
-def out_of_memory(error: RuntimeError) -> bool:
-    """Whether an error of torch says that memory ran out, on any device."""
-    return isinstance(error, torch.OutOfMemoryError) or "not enough memory" in str(error) or "can't alloc" in str(error)

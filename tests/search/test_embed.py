@@ -15,12 +15,13 @@ import torch
 from evaclip.cli import main
 from evaclip.encoder import load_encoder
 from evaclip.errors import InputError
+from evaclip.inference import out_of_memory
 from evaclip.search import embed as embedding
 from evaclip.search import store
-from evaclip.search.embed import Batches, out_of_memory
+from evaclip.search.embed import Batches
 from evaclip.search.processes import shared
 from evaclip.search.sources import open_source
-from tests.conftest import encoded, made_pairs
+from tests.conftest import OUT_OF_MEMORY, encoded, made_pairs
 from tests.search.conftest import picture, write_model
 from tests.search.failing import fails
 
@@ -180,25 +181,36 @@ def test_a_process_that_fails_is_one_sentence():
         list(shared(fails, "death", [1, 2, 3, 4], 2))
 
 
-def test_a_batch_that_does_not_fit_is_halved(model, capfd):
+@pytest.mark.parametrize("what", ["text", "image"])
+@pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=["gpu", "cpu"])
+def test_a_batch_that_does_not_fit_is_halved(model, capfd, what, error):
     encoder = load_encoder(model)
     sizes = []
 
     class Small(torch.nn.Module):
         def encode_text(self, tokens):
-            sizes.append(len(tokens))
-            if len(tokens) > 3:
-                raise torch.OutOfMemoryError("CUDA out of memory")
-            return encoder.model.encode_text(tokens)
+            return self.tried(encoder.model.encode_text, tokens)
+
+        def encode_image(self, images):
+            return self.tried(encoder.model.encode_image, images)
+
+        def tried(self, encode, inputs):
+            sizes.append(len(inputs))
+            if len(inputs) > 3:
+                raise error
+            return encode(inputs)
 
     from dataclasses import replace
 
+    size = encoder.preprocessing.size
+    pixels = torch.randint(0, 256, (10, 3, size, size), dtype=torch.uint8)
     captions = [f"picture {number}" for number in range(10)]
-    batches = Batches(replace(encoder, model=encoder.model), 8)
+    batches = Batches(encoder, 8)
     batches.encoder = replace(encoder, model=Small())
-    found = batches(captions)
+    found = batches(captions if what == "text" else list(pixels))
+    expected = encoder.texts(captions) if what == "text" else encoder.images(pixels)
     assert sizes == [8, 4, 2, 2, 2, 2, 2] and batches.size == 2
-    np.testing.assert_allclose(found, encoder.texts(captions).numpy(), atol=1e-3)
+    np.testing.assert_allclose(found, expected.numpy(), atol=1e-3)
     assert "out of memory with 8 items at a time; going on with 4" in capfd.readouterr().err
 
 

@@ -59,6 +59,34 @@ def from_hugging_face(state: Mapping[str, Tensor], where: Path | str) -> dict[st
     return found
 
 
+def to_hugging_face(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The other way: a plain CLIP's tensors under CLIPModel's names. There and back is exact."""
+    single = {ours: theirs for theirs, ours in _SINGLE.items()}
+    transposed = {ours: theirs for theirs, ours in _TRANSPOSED.items()}
+    found: dict[str, Tensor] = {}
+    for name, value in tensors.items():
+        if name in single:
+            found[single[name]] = value
+        elif name in transposed:
+            found[transposed[name]] = value.T.contiguous()
+        else:
+            found |= _as_layer(name, value)
+    return found
+
+
+def _as_layer(name: str, value: Tensor) -> dict[str, Tensor]:
+    """A block's tensor under their name; queries, keys and values, which lie in one here, under three."""
+    tower, blocks = next((tower, blocks) for tower, blocks in _BLOCKS.items() if name.startswith(f"{blocks}."))
+    number, rest = name.removeprefix(f"{blocks}.").split(".", 1)
+    layer = f"{tower}_model.encoder.layers.{number}"
+    if rest.startswith("attn.in_proj_"):
+        kind = rest.removeprefix("attn.in_proj_")
+        return {f"{layer}.self_attn.{part}.{kind}": v for part, v in zip(_THREE, value.chunk(3), strict=True)}
+    module, _, kind = rest.rpartition(".")
+    theirs = next(theirs for theirs, ours in _WITHIN.items() if ours == module)
+    return {f"{layer}.{theirs}.{kind}": value}
+
+
 def _take_from_layer(found: dict[str, Tensor], name: re.Match[str], state: Mapping[str, Tensor], where: Path | str):
     tower, number, rest = name.groups()
     block = f"{_BLOCKS[tower]}.{number}"

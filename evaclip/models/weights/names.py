@@ -29,7 +29,7 @@ SCALARS = ("logit_scale", "logit_bias")
 # First parts of the names in an EVA tower, in a plain vision transformer, and in a text tower.
 _EVA_ROOTS = {"blocks", "patch_embed", "cls_token", "pos_embed", "norm", "head"}
 _VIT_ROOTS = {"conv1", "class_embedding", "positional_embedding", "ln_pre", "transformer", "ln_post", "proj"}
-_TEXT_ROOTS = {"token_embedding", "positional_embedding", "transformer", "ln_final", "text_projection"}
+TEXT_ROOTS = {"token_embedding", "positional_embedding", "transformer", "ln_final", "text_projection"}
 # Within a block, EVA's name and timm's.
 _BLOCK = (
     ("attn.inner_attn_ln.", "attn.norm."),
@@ -139,7 +139,7 @@ def _place(name: str, apart: bool) -> tuple[str | None, str]:
     if rest != name and rest.split(".")[0] in _VIT_ROOTS:
         return name, ""
     rest = name.removeprefix("text.")
-    if rest.split(".")[0] in _TEXT_ROOTS:
+    if rest.split(".")[0] in TEXT_ROOTS:
         return f"text.{rest}", ""
     return None, ""
 

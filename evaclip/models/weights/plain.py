@@ -1,7 +1,4 @@
-"""CLIP with a plain vision transformer, OpenAI's and whoever followed: open_clip's model, built from the weights alone.
-
-evaclip trains no such towers; it takes them as they are, for scoring, as teachers, and for their text towers.
-"""
+"""A CLIP with a plain vision transformer from its weights, which say everything but the activation and the heads."""
 
 import math
 from typing import Any
@@ -9,32 +6,94 @@ from typing import Any
 from torch import Tensor, nn
 
 from evaclip.errors import CheckpointError
-from evaclip.models.shapes import SHAPES, Activation, ClipShape
+from evaclip.models.plain import PlainClip
+from evaclip.models.shapes import SHAPES, Activation, ClipShape, PlainShape, PlainVisionShape, TextShape
 from evaclip.models.weights.files import Weights
-from evaclip.models.weights.names import TRUNK
-from evaclip.openclip import CLIPTextCfg, CLIPVisionCfg, CustomTextCLIP
+from evaclip.models.weights.names import TRUNK, canonical
+from evaclip.openclip import QuickGELU
 
 HEAD_WIDTH = 64  # of every model of OpenAI's; Hugging Face's say how many heads they have
 
 
-def plain_clip(weights: Weights, activation: Activation) -> nn.Module:
-    """The model, with `encode_image` and `encode_text`. Raises CheckpointError where the weights are not whole."""
-    state = weights.named.tensors
+def plain_clip(weights: Weights, activation: Activation) -> PlainClip:
+    """The model of these weights. Raises CheckpointError where they are not whole."""
+    state, name = weights.named.tensors, str(weights.path)
     try:
-        dim = state["text.text_projection"].shape[1]
-        vision = _vision(state, _heads(weights, "vision", state["visual.class_embedding"].shape[0]))
-        text = _text(state, _heads(weights, "text", state["text.positional_embedding"].shape[1]))
+        widths = state["visual.class_embedding"].shape[0], state["text.positional_embedding"].shape[1]
     except KeyError as error:
-        raise CheckpointError(f"{weights.path} lacks {error.args[0]}: a CLIP model has two whole towers") from None
-    model = CustomTextCLIP(dim, vision, text, quick_gelu=activation == "quick_gelu")
+        raise CheckpointError(f"{name} lacks {error.args[0]}: a CLIP model has two whole towers") from None
+    heads = _heads(weights, "vision", widths[0]), _heads(weights, "text", widths[1])
+    return _filled(state, name, weights.path.stem, activation, heads)
+
+
+def plain_clip_of(model: nn.Module, name: str) -> PlainClip:
+    """The same model in our form. `model`: open_clip's, with both towers.
+
+    Raises CheckpointError for a model that is no plain CLIP, as far as weights and activations tell.
+    """
+    towers: Any = model
+    named = canonical(model.state_dict(), name)
+    if not named.plain:
+        raise CheckpointError(f"{name} has no plain vision transformer")
+    try:
+        first = [tower.transformer.resblocks[0] for tower in (towers.visual, getattr(towers, "text", towers))]
+        heads = first[0].attn.num_heads, first[1].attn.num_heads
+        activations: set[Activation | None] = {_activation(block.mlp.gelu) for block in first}
+        precision = {module.eps for module in model.modules() if isinstance(module, nn.LayerNorm)}
+    except (AttributeError, IndexError) as error:
+        raise CheckpointError(f"{name} has other blocks than CLIP: {error}") from None
+    activation = activations.pop()
+    if activations or activation is None or precision != {1e-5}:
+        raise CheckpointError(f"{name} has neither GELU nor QuickGELU in both towers, or norms of another epsilon")
+    return _filled(named.tensors, name, name, activation, heads)
+
+
+def _activation(module: nn.Module) -> Activation | None:
+    if isinstance(module, QuickGELU):
+        return "quick_gelu"
+    return "gelu" if isinstance(module, nn.GELU) and module.approximate == "none" else None
+
+
+def _filled(
+    state: dict[str, Tensor], where: str, name: str, activation: Activation, heads: tuple[int, int]
+) -> PlainClip:
+    """A model of these tensors, each of them in its place. Raises CheckpointError that names one which is not."""
+    try:
+        shape = _shape(state, name, activation, heads)
+    except KeyError as error:
+        raise CheckpointError(f"{where} lacks {error.args[0]}: a CLIP model has two whole towers") from None
+    model = PlainClip(shape)
     own = model.state_dict()
-    for name in sorted(own.keys() | state.keys()):
-        if name not in own or name not in state:
-            raise CheckpointError(f"{weights.path} {'has an unknown' if name not in own else 'lacks'} {name}")
-        if own[name].shape != state[name].shape:
-            raise CheckpointError(f"{weights.path}: {name} is {list(state[name].shape)}, not {list(own[name].shape)}")
+    for key in sorted(own.keys() | state.keys()):
+        if key not in own or key not in state:
+            raise CheckpointError(f"{where} {'has an unknown' if key not in own else 'lacks'} {key}")
+        if own[key].shape != state[key].shape:
+            raise CheckpointError(f"{where}: {key} is {list(state[key].shape)}, not {list(own[key].shape)}")
     model.load_state_dict(state)
     return model.eval()
+
+
+def _shape(state: dict[str, Tensor], name: str, activation: Activation, heads: tuple[int, int]) -> PlainShape:
+    width, _, patch, _ = state["visual.conv1.weight"].shape
+    context, text_width = state["text.positional_embedding"].shape
+    vision = PlainVisionShape(
+        image_size=patch * math.isqrt(len(state["visual.positional_embedding"]) - 1),
+        patch_size=patch,
+        width=width,
+        depth=_depth(state, "visual.transformer.resblocks."),
+        heads=heads[0],
+        mlp_hidden=state["visual.transformer.resblocks.0.mlp.c_fc.weight"].shape[0],
+    )
+    text = TextShape(
+        width=text_width,
+        depth=_depth(state, "text.transformer.resblocks."),
+        heads=heads[1],
+        context=context,
+        vocabulary=len(state["text.token_embedding.weight"]),
+        activation=activation,
+    )
+    dim = state["text.text_projection"].shape[1]
+    return PlainShape(name=name, dim=dim, activation=activation, vision=vision, text=text)
 
 
 def published_shape(weights: Weights) -> ClipShape:
@@ -60,30 +119,6 @@ def _sizes(state: dict[str, Tensor]) -> tuple[int, ...]:
     position, kernel = state[f"{TRUNK}pos_embed"], state[f"{TRUNK}patch_embed.proj.weight"]
     depths = _depth(state, f"{TRUNK}blocks."), _depth(state, "text.transformer.resblocks.")
     return position.shape[2], depths[0], kernel.shape[-1], position.shape[1] - 1, text, depths[1], dim
-
-
-def _vision(state: dict[str, Tensor], heads: int) -> CLIPVisionCfg:
-    width, _, patch, _ = state["visual.conv1.weight"].shape
-    return CLIPVisionCfg(
-        layers=_depth(state, "visual.transformer.resblocks."),
-        width=width,
-        head_width=width // heads,
-        mlp_ratio=state["visual.transformer.resblocks.0.mlp.c_fc.weight"].shape[0] / width,
-        patch_size=patch,
-        image_size=patch * math.isqrt(len(state["visual.positional_embedding"]) - 1),
-    )
-
-
-def _text(state: dict[str, Tensor], heads: int) -> CLIPTextCfg:
-    context, width = state["text.positional_embedding"].shape
-    return CLIPTextCfg(
-        context_length=context,
-        vocab_size=len(state["text.token_embedding.weight"]),
-        width=width,
-        heads=heads,
-        layers=_depth(state, "text.transformer.resblocks."),
-        mlp_ratio=state["text.transformer.resblocks.0.mlp.c_fc.weight"].shape[0] / width,
-    )
 
 
 def _depth(state: dict[str, Tensor], prefix: str) -> int:
