@@ -35,6 +35,8 @@ class Attention:
     """Mean cosine similarity between two heads; not a number where there is one head."""
     average: Float[np.ndarray, "depth tokens tokens"]
     """The mean map of all heads and images; rows are queries and sum to 1."""
+    even: float
+    """The distance of attention that is spread evenly over all patches, in pixels."""
 
 
 class _Listener(TorchFunctionMode):
@@ -106,6 +108,7 @@ def attention_maps(
 def diagnosed(tower: ImageTower, pixels: UInt8[Tensor, "images 3 height width"]) -> Attention:
     """The three numbers, each the mean over all images."""
     sums: list[Any] = [0.0, 0.0, 0.0]
+    patches = size = 0
     for part in pixels.split(AT_A_TIME):
         maps, patches = attention_maps(tower, part)
         size = tower.preprocessing.size / isqrt(patches)
@@ -116,7 +119,8 @@ def diagnosed(tower: ImageTower, pixels: UInt8[Tensor, "images 3 height width"])
         )
         share = (len(part), len(part), 1)
         sums = [total + number * value.double().cpu() for total, number, value in zip(sums, share, found, strict=True)]
-    return Attention(*((total / len(pixels)).numpy() for total in sums))
+    even = attention_distance(torch.full((1, 1, patches, patches), 1 / patches), patches, size)
+    return Attention(*((total / len(pixels)).numpy() for total in sums), even=float(even))
 
 
 def attention_distance(

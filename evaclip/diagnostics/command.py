@@ -43,10 +43,12 @@ PAGE = """<!doctype html>
 </html>
 """
 SAID = {
-    "attention distance": "How far from itself a patch looks, weighted by its attention to other patches. Heads that "
-    "spread over many distances in the deep blocks are what feature distillation is said to bring.",
+    "attention distance": "How far from itself a patch looks, weighted by its attention to other patches. The dotted "
+    "line is attention that is spread evenly. The paper finds heads of many distances in the deep blocks of distilled "
+    "towers.",
     "similarity of heads": "The cosine similarity between the attention of two heads, the mean over pairs of heads, "
-    "queries and images: 1 where all heads do the same.",
+    "queries and images: 1 where all heads do the same. The paper finds less of it in the deep blocks of distilled "
+    "towers.",
     "average attention maps": "The mean map over heads and images, queries down and keys to the right, the class token "
     "first. Diagonals are attention by relative position, columns attention that asks for no position.",
     "loss landscape": "The loss at the weights plus two random directions, each row of them as long as the row of "
@@ -161,23 +163,27 @@ def _write(
 
 def _record(found: Attention, losses: np.ndarray | None) -> dict[str, Any]:
     similarity = [None if np.isnan(value) else value for value in found.similarity.tolist()]
-    record: dict[str, Any] = {"attention_distance_pixels": found.distance.tolist(), "head_similarity": similarity}
+    record: dict[str, Any] = {
+        "attention_distance_pixels": found.distance.tolist(),
+        "even_distance_pixels": found.even,
+        "head_similarity": similarity,
+    }
     return record | ({} if losses is None else {"loss": losses.tolist()})
 
 
 def _print(attention: dict[str, Attention], losses: dict[str, np.ndarray]) -> None:
     table = Table()
-    columns = ("model", "distance, first and last block", "heads alike, first and last", "loss, centre and mean")
-    for number, column in enumerate(columns):
-        table.add_column(column, justify="left" if number == 0 else "right")
+    for number, column in enumerate(("model", "distance, pixels", "heads alike", "loss, centre and mean")):
+        table.add_column(column, justify="left" if number == 0 else "right", overflow="fold")
     for name, found in attention.items():
         far, alike = found.distance.mean(1), found.similarity
         loss = losses.get(name)
         middle = 0 if loss is None else len(loss) // 2
         table.add_row(
             name,
-            f"{far[0]:.1f} px  {far[-1]:.1f} px",
-            f"{alike[0]:.3f}  {alike[-1]:.3f}",
+            f"{far[0]:.1f} to {far[-1]:.1f}",
+            f"{alike[0]:.3f} to {alike[-1]:.3f}",
             "" if loss is None else f"{loss[middle, middle]:.4f}  {loss.mean():.4f}",
         )
     Console(highlight=False).print(table)
+    say("distance and likeness of heads: from the first block to the last")

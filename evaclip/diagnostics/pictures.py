@@ -16,15 +16,15 @@ PER_ROW = 3
 
 
 def distances(found: Mapping[str, Attention]) -> Figure:
-    """One dot for each head, a line for their mean."""
+    """One dot for each head, a line for their mean, a dotted one for attention that asks for nothing."""
     figure, panels = _panels(len(found), (3.6, 3.2), sharey=True)
     for axes, (name, attention) in zip(panels, found.items(), strict=True):
         depth, heads = attention.distance.shape
         blocks = np.arange(1, depth + 1)
         axes.plot(np.repeat(blocks, heads), attention.distance.ravel(), "o", markersize=3.5, alpha=0.6, label="a head")
         axes.plot(blocks, attention.distance.mean(1), color="black", linewidth=1.2, label="mean")
+        axes.axhline(attention.even, color="black", linewidth=0.8, linestyle=":", label="spread evenly")
         _titled(axes, name, "block")
-        axes.set_ylim(bottom=0)
     panels[0].set_ylabel("mean attention distance, pixels")
     panels[0].legend(frameon=False, fontsize=8)
     return figure
@@ -72,9 +72,9 @@ def landscapes(found: Mapping[str, Float[np.ndarray, "points points"]], steps: F
     low, high = (
         edge(values.min() if edge is min else values.max() for values in found.values()) for edge in (min, max)
     )
-    levels = np.linspace(low, max(high, low + 1e-9), 16)
+    levels = MaxNLocator(16).tick_values(low, max(high, low + 1e-9))
     for axes, (name, values) in zip(panels, found.items(), strict=True):
-        drawn = axes.contourf(steps, steps, values, levels=levels, cmap="magma", extend="both")
+        drawn = axes.contourf(steps, steps, values, levels=levels, cmap="magma")
         axes.contour(steps, steps, values, levels=levels, colors="white", linewidths=0.4, alpha=0.6)
         axes.plot(0, 0, "+", color="white")
         _titled(axes, name, "second direction")

@@ -59,19 +59,19 @@ def fd_clip_b() -> RunConfig:
 
 
 def fd_clip_l() -> RunConfig:
-    """ViT-L/14 from OpenAI's CLIP L/14: 300 epochs of ImageNet-1K, batch 2,048 on 16 GPUs."""
+    """ViT-L/14 from OpenAI's CLIP L/14: 300 epochs of ImageNet-1K, batch 2,048 as for B."""
     return _run("fd_clip_l", _student(1024, 24, 16, 14), TEXT_L, teacher="ViT-L-14-quickgelu:openai", dim=1024,
                 drop_path=0.3)  # fmt: skip
 
 
 def fd_dino_b() -> RunConfig:
-    """ViT-B/16 from DINO's, which has never seen a label: 300 epochs of ImageNet-1K, batch 2,048 on 16 GPUs."""
+    """ViT-B/16 from DINO's, which has never seen a label: 300 epochs of ImageNet-1K, batch 2,048 as from CLIP."""
     return _run("fd_dino_b", _student(768, 12, 12, 16), TEXT_B, teacher="timm:vit_base_patch16_224.dino", dim=768,
                 drop_path=0.3)  # fmt: skip
 
 
 def fd_deit_b() -> RunConfig:
-    """ViT-B/16 from DeiT's, which was trained on labels: 300 epochs of ImageNet-1K, batch 2,048 on 16 GPUs."""
+    """ViT-B/16 from DeiT's, which was trained on labels: 300 epochs of ImageNet-1K, batch 2,048 as from CLIP."""
     return _run("fd_deit_b", _student(768, 12, 12, 16), TEXT_B, teacher="timm:deit_base_patch16_224.fb_in1k", dim=768,
                 drop_path=0.3)  # fmt: skip
 
@@ -79,7 +79,8 @@ def fd_deit_b() -> RunConfig:
 def fd_tiny_cifar10() -> RunConfig:
     """A small tower with a shared relative position bias on CIFAR-10, from the tower that `eva02_tiny_cifar10` leaves.
 
-    Its captions are not looked at. Sized for a few minutes on one core.
+    Captions are not looked at. The loss fell from 0.256 at step 10 to 0.0126 at step 600; nothing else of the student
+    was measured.
     """
     vision = VisionShape(
         image_size=32, patch_size=4, width=128, depth=6, heads=4, mlp_hidden=512, relative_position=True,

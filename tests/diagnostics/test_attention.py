@@ -130,6 +130,9 @@ def test_all_images_count_alike_however_they_are_split():
     np.testing.assert_allclose(whole.distance[2], attention_distance(maps[2], 16, 4.0).numpy(), rtol=1e-4)
     np.testing.assert_allclose(whole.similarity[0], head_similarity(maps[0]).item(), rtol=1e-4)
     np.testing.assert_allclose(whole.average.sum(-1), 1.0, rtol=1e-5)
+    corners = list(itertools.product(range(4), repeat=2))
+    even = sum(math.dist(a, b) for a in corners for b in corners) / 256 * 4.0
+    assert whole.even == pytest.approx(even, rel=1e-5)
     again = diagnosed(tower, pixels)
     assert np.array_equal(again.distance, whole.distance) and np.array_equal(again.average, whole.average)
 

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 
 from evaclip.cli import main
 from evaclip.config import load_config
+from evaclip.data.masks import drop_path_factors
 from evaclip.data.transforms import normalized
 from evaclip.encoder import load_encoder, load_image_tower
 from evaclip.engine import Engine, EngineConfig
@@ -141,10 +142,10 @@ def test_teachers_that_cannot_be_are_one_sentence(tmp_path, teachers, monkeypatc
         DistillationConfig(teacher="x", beta=0.0)
 
 
-def engine(teacher: str, dim: int, vision: VisionShape = PLAIN, **changes) -> Engine:
+def engine(teacher: str, dim: int, vision: VisionShape = PLAIN, drop_path: float = 0.2, **changes) -> Engine:
     torch.manual_seed(0)
     shape = replace(shape_of(FAMILIES["eva02"]), dim=dim, vision=vision)
-    built = DistillationConfig(teacher=teacher, drop_path=0.2).build(shape, seed=4)
+    built = DistillationConfig(teacher=teacher, drop_path=drop_path).build(shape, seed=4)
     optim = OptimConfig(optimizer="adamw", vision=TowerRates(lr=1e-2), lr=1e-2).build(built.student, built.layers())
     return Engine(EngineConfig(device="cpu", precision="fp32", **changes), built, optim, None)
 
@@ -165,6 +166,18 @@ def test_the_loss_is_the_papers(teachers, kind, vision):
     expected = torch.where(apart < 2, apart**2 / 4, apart - 1)
     assert (apart > 2).any() and (apart < 2).any()
     assert loss.item() == pytest.approx(expected.mean().item(), rel=1e-6)
+
+
+def test_branches_are_dropped_in_training_by_the_samples_own_number(teachers):
+    objective = engine(teachers["supervised"], 40, drop_path=0.5).objective.train()
+    factors = drop_path_factors(4, batch().positions, 2, 0.5)
+    assert factors is not None and (factors == 0).any()
+    target = whitened(load_image_tower(teachers["supervised"]).feature_map(batch().images))
+    found = objective.student(normalized(batch().images), factors)
+    assert objective(batch())[0].item() == pytest.approx(F.smooth_l1_loss(found, target, beta=2.0).item(), rel=1e-6)
+    parts = [objective(part)[0].item() for part in batch().split(4)]
+    assert sum(parts) / 4 == pytest.approx(objective(batch())[0].item(), rel=1e-5)
+    assert objective(batch())[0].item() != objective.eval()(batch())[0].item()
 
 
 def test_whitening_takes_away_the_size_and_the_place_of_features():
