@@ -19,6 +19,7 @@ USAGE = """evaclip: train CLIP models bootstrapped from EVA, and score them zero
   evaclip frames --dataset D --data --out    take the frames of a video benchmark once
   evaclip retrieval --dataset D --model M    find captions and images: flickr30k, coco
   evaclip probe --dataset D --model M        a linear classifier and nearest neighbours on its image features
+  evaclip diagnose MODEL ... --images --out  attention, heads and loss landscapes of image towers, side by side
   evaclip watch RUN                          score a run's checkpoints while it trains, and mark the best
   evaclip average RUN --last 3 --out DIR     the mean of a run's last checkpoints as a model of its own
   evaclip compare A.json B.json              two models on the same images: who is better, and is it chance
@@ -206,6 +207,7 @@ VERBS: dict[str, Callable[[list[str]], int | None]] = {
     "convert": command("convert", "evaclip.convert", "ConvertCommand", "run_convert"),
     "retrieval": command("retrieval", "evaclip.retrieve", "RetrievalCommand", "run_retrieval"),
     "probe": command("probe", "evaclip.probe", "ProbeCommand", "run_probe"),
+    "diagnose": command("diagnose", "evaclip.diagnostics.command", "DiagnoseCommand", "run_diagnose"),
     "watch": command("watch", "evaclip.watch", "WatchCommand", "run_watch"),
     "average": command("average", "evaclip.average", "AverageCommand", "run_average"),
     "compare": command("compare", "evaclip.evals.comparison", "CompareCommand", "run_compare"),

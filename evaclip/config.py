@@ -10,6 +10,7 @@ import torch
 
 from evaclip.checkpoint import CheckpointConfig
 from evaclip.data.shards import DataConfig
+from evaclip.encoder.image_tower import WITHOUT_TEXT
 from evaclip.engine import EngineConfig
 from evaclip.errors import CheckpointError, InputError, near_path
 from evaclip.evals.linear_probe import Probe, ProbeConfig
@@ -20,6 +21,7 @@ from evaclip.log import LogConfig
 from evaclip.models.shapes import ClipShape
 from evaclip.models.weights.resize import Resize
 from evaclip.objectives.clip import ClipConfig
+from evaclip.objectives.distillation import DistillationConfig
 from evaclip.objectives.mim import MimConfig
 from evaclip.optim import OptimConfig
 from evaclip.records import structured
@@ -98,7 +100,7 @@ class RunConfig:
     """The towers."""
     data: DataConfig
     """The pairs."""
-    objective: ClipConfig | MimConfig = field(default_factory=ClipConfig)
+    objective: ClipConfig | MimConfig | DistillationConfig = field(default_factory=ClipConfig)
     """What is optimised."""
     optim: OptimConfig = field(default_factory=OptimConfig)
     """How it is optimised."""
@@ -116,11 +118,12 @@ class RunConfig:
     def __post_init__(self) -> None:
         if self.start_from is not None and (self.vision_init or self.text_init):
             raise InputError("--start-from is a whole run: --vision-init and --text-init have nothing left to start")
-        if isinstance(self.objective, MimConfig):
+        if not isinstance(self.objective, ClipConfig):
+            name = WITHOUT_TEXT[self.objective.kind]
             if self.start_from or self.vision_init or self.text_init:
-                raise InputError("masked image modelling starts from random: it takes no weights to start from")
-            if self.evals.zero_shot or self.evals.retrieval:
-                raise InputError("masked image modelling has no text tower to score zero-shot with")
+                raise InputError(f"{name} starts from random: it takes no weights to start from")
+            if self.evals.zero_shot or self.evals.retrieval or self.evals.probe:
+                raise InputError(f"{name} has no text tower to score with; probe what a CLIP run makes of it")
 
 
 def load_config(run_dir: Path) -> RunConfig:

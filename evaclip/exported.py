@@ -76,13 +76,13 @@ class Towers(nn.Module):
     ) -> None:
         """`folder`: for the sentence about a tower that is not there."""
         super().__init__()
-        self._image, self._text, self._folder = image, text, folder
+        self.visual, self._text, self._folder = image, text, folder
 
     def encode_image(self, images: Tensor) -> Tensor:
         """Image features. Raises InputError where there is no image tower."""
-        if self._image is None:
+        if self.visual is None:
             raise InputError(f"{self._folder} holds the text tower alone; images need an export with the image tower")
-        return self._image(images)
+        return self.visual(images)
 
     def encode_text(self, tokens: Tensor) -> Tensor:
         """Text features. Raises InputError where there is no text tower."""

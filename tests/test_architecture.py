@@ -18,6 +18,7 @@ ROWS = (
         "evaluate",
         "retrieve",
         "probe",
+        "diagnostics",
         "watch",
         "average",
         "curate",

@@ -5,6 +5,7 @@ so each of them works with a run of ours, an exported folder, and any model of o
 """
 
 from evaclip.encoder.dual import Encoder, Preprocessing, encoder_of, weights_hash
+from evaclip.encoder.image_tower import ImageTower, load_image_tower
 from evaclip.encoder.sources import (
     clip_of_checkpoint,
     clip_of_run,
@@ -15,6 +16,7 @@ from evaclip.encoder.sources import (
 
 __all__ = [
     "Encoder",
+    "ImageTower",
     "Preprocessing",
     "clip_of_checkpoint",
     "clip_of_run",
@@ -22,5 +24,6 @@ __all__ = [
     "encoder_of",
     "encoder_of_export",
     "load_encoder",
+    "load_image_tower",
     "weights_hash",
 ]

@@ -157,6 +157,7 @@ def refuse_beyond_timm(shape: ClipShape, format: str) -> None:
             if not shape.vision.head_bias
             else []
         ),
+        *(["a shared relative position bias, which timm's Eva has not"] if shape.vision.relative_position else []),
     ]
     if reasons:
         raise InputError(

@@ -51,8 +51,8 @@ def _held_back(_module: nn.Module, _inputs: Any, patches: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def initialise(tower: VisionTower) -> None:
-    """Initial values of masked image modelling, in place.
+def initialise(tower: VisionTower, std: float = EVA01_STD, cut: float = 2.0) -> None:
+    """Initial values of masked image modelling, in place. `std`, `cut`: of EVA-01's truncated normal.
 
     EVA-02 (2303.11331, section 2.1 and its code): Xavier normal for linear layers, Xavier uniform for the patch
     projection; with sub-LN, as in Magneto (2210.06423, section 3), what stands between the norms grows by
@@ -65,7 +65,7 @@ def initialise(tower: VisionTower) -> None:
             if shape.rope:
                 nn.init.xavier_normal_(module.weight)
             else:
-                nn.init.trunc_normal_(module.weight, std=EVA01_STD)
+                nn.init.trunc_normal_(module.weight, std=std, a=-cut, b=cut)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
     if shape.rope:

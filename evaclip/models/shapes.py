@@ -15,7 +15,7 @@ Activation = Literal["gelu", "quick_gelu"]
 
 @dataclass(frozen=True, kw_only=True)
 class VisionShape:
-    """An EVA vision transformer. All of them have a class token and a learned position embedding."""
+    """An EVA vision transformer. All of them have a class token; EVA's own have a learned position embedding."""
 
     image_size: int
     """Side of the square input in pixels."""
@@ -45,8 +45,16 @@ class VisionShape:
     """Biases on queries and values; keys never have one."""
     head_bias: bool = True
     """A bias on the projection to the joint space."""
+    relative_position: bool = False
+    """One learned bias on the attention logits for each head and distance, shared by all blocks (BEiT, arXiv
+    2106.08254), in the place of the learned position embedding. No published EVA has it; students of feature
+    distillation do."""
+    layer_scale: float | None = None
+    """What the learned factors of each residual branch start at (LayerScale, arXiv 2103.17239); None for no factors."""
 
     def __post_init__(self) -> None:
+        if self.layer_scale is not None and self.post_norm:
+            raise InputError("layer scale and post-norm exclude each other: set --model.vision.layer-scale None")
         if self.image_size % self.patch_size:
             raise InputError(f"a patch of {self.patch_size} px does not divide an image of {self.image_size} px")
         if self.width % self.heads:

@@ -7,6 +7,9 @@ branches are dropped (stochastic depth, 1603.09382, section 3). Nothing random h
 
       images -> patches -> [mask token] -> + class token, + position -> [keep some] -> blocks -> norm -> token 0 -> head
                                            rotary angles ------------> [the same] ---^
+
+Students of feature distillation have BEiT's shared relative position bias in the place of the position embedding; what
+stays of it goes to every block, as the rotary angles do.
 """
 
 from functools import partial
@@ -14,8 +17,10 @@ from types import MethodType
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int64
 from timm.layers.norm import RmsNorm
+from timm.models.beit import RelativePositionBias
 from timm.models.eva import Eva, EvaBlockPostNorm
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -63,19 +68,25 @@ class VisionTower(nn.Module):
             if self.mask_token is None:
                 raise ValueError("this tower was built without a mask token")
             x = torch.where(mask[..., None], self.mask_token.to(x.dtype), x)
-        x = torch.cat([trunk.cls_token.expand(x.shape[0], -1, -1), x], dim=1) + trunk.pos_embed
+        x = torch.cat([trunk.cls_token.expand(x.shape[0], -1, -1), x], dim=1)
+        if trunk.pos_embed is not None:
+            x = x + trunk.pos_embed
         rotary = trunk.rope.get_embed() if trunk.rope is not None else None
+        bias = trunk.rel_pos_bias() if self.shape.relative_position else None
         if keep is not None:
             patches = x[:, 1:].gather(1, keep[..., None].expand(-1, -1, x.shape[-1]))
             x = torch.cat([x[:, :1], patches], dim=1)
             if rotary is not None:
                 rotary = rotary[keep][:, None]  # [batch, 1 for the heads, kept, 2 * head width]
+            if bias is not None:
+                kept = F.pad(keep + 1, (1, 0))  # the class token is number 0
+                bias = bias[:, kept[:, :, None], kept[:, None, :]].transpose(0, 1)  # [batch, heads, tokens, tokens]
         for number, block in enumerate(trunk.blocks):
             factors = None if drop_path is None else drop_path[:, 2 * number : 2 * number + 2]
             if self.checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, rotary, factors, use_reentrant=False, preserve_rng_state=False)
+                x = checkpoint(block, x, rotary, factors, attn_mask=bias, use_reentrant=False, preserve_rng_state=False)
             else:
-                x = block(x, rotary, factors)
+                x = block(x, rotary, factors, attn_mask=bias)
         return trunk.norm(x)
 
 
@@ -89,8 +100,14 @@ def _block_forward(
     if isinstance(block, EvaBlockPostNorm):
         x = x + _scaled(block.norm1(block.attn(x, rope=rope, **masks)), factors, 0)
         return x + _scaled(block.norm2(block.mlp(x)), factors, 1)
-    x = x + _scaled(block.attn(block.norm1(x), rope=rope, **masks), factors, 0)
-    return x + _scaled(block.mlp(block.norm2(x)), factors, 1)
+    attention = block.attn(block.norm1(x), rope=rope, **masks)
+    if block.gamma_1 is not None:
+        attention = block.gamma_1 * attention
+    x = x + _scaled(attention, factors, 0)
+    mlp = block.mlp(block.norm2(x))
+    if block.gamma_2 is not None:
+        mlp = block.gamma_2 * mlp
+    return x + _scaled(mlp, factors, 1)
 
 
 def _scaled(branch: Tensor, factors: Tensor | None, which: int) -> Tensor:
@@ -115,6 +132,8 @@ def trunk_arguments(shape: VisionShape) -> dict[str, Any]:
         "use_rot_pos_emb": shape.rope,
         "ref_feat_shape": (shape.rope_grid, shape.rope_grid) if shape.rope else None,
         "use_post_norm": shape.post_norm,
+        "use_abs_pos_emb": not shape.relative_position,
+        "init_values": shape.layer_scale,
         "global_pool": "token",
     }
 
@@ -125,6 +144,8 @@ def _build_trunk(shape: VisionShape, dim: int) -> Eva:
     if not shape.head_bias:  # timm's own head always has one
         trunk.head = nn.Linear(shape.width, dim, bias=False)
         nn.init.trunc_normal_(trunk.head.weight, std=0.02 * 0.001)
+    if shape.relative_position:  # under the name that timm's `Beit` has for it
+        trunk.rel_pos_bias = RelativePositionBias(trunk.patch_embed.grid_size, shape.heads)
     for block in trunk.blocks:  # a call of the block stays a call of a module, which sharding hooks into
         block.forward = MethodType(_block_forward, block)
     return trunk

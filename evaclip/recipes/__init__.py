@@ -10,7 +10,7 @@ from pathlib import Path
 
 from evaclip.config import RunConfig
 from evaclip.errors import InputError, did_you_mean, near_path
-from evaclip.recipes import ladder, mim, published, small
+from evaclip.recipes import distillation, ladder, mim, published, small
 
 Recipe = Callable[[], RunConfig]
 RECIPES: dict[str, Recipe] = {
@@ -37,6 +37,11 @@ RECIPES: dict[str, Recipe] = {
         mim.eva02_mim_s,
         mim.eva02_mim_b,
         mim.eva02_mim_l,
+        distillation.fd_tiny_cifar10,
+        distillation.fd_clip_b,
+        distillation.fd_clip_l,
+        distillation.fd_dino_b,
+        distillation.fd_deit_b,
     )
 }
 

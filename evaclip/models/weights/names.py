@@ -27,7 +27,7 @@ TRUNK = "visual.trunk."
 MASK_TOKEN = "visual.mask_token"
 SCALARS = ("logit_scale", "logit_bias")
 # First parts of the names in an EVA tower, in a plain vision transformer, and in a text tower.
-_EVA_ROOTS = {"blocks", "patch_embed", "cls_token", "pos_embed", "norm", "head"}
+_EVA_ROOTS = {"blocks", "patch_embed", "cls_token", "pos_embed", "rel_pos_bias", "norm", "head"}
 _VIT_ROOTS = {"conv1", "class_embedding", "positional_embedding", "ln_pre", "transformer", "ln_post", "proj"}
 TEXT_ROOTS = {"token_embedding", "positional_embedding", "transformer", "ln_final", "text_projection"}
 # Within a block, EVA's name and timm's.
