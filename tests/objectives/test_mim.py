@@ -280,7 +280,7 @@ def test_masked_runs_that_cannot_be_are_one_sentence(tmp_path, recipe, capfd):
     with pytest.raises(InputError, match="not the folder of a run that has two towers"):
         load_encoder(tmp_path / "mim")
     zero_shot = RECIPES["eva02_tiny_digits"]().evals
-    with pytest.raises(InputError, match="no text tower to score"):
+    with pytest.raises(InputError, match="no towers with a common space"):
         recipe(evals=zero_shot)
 
 
