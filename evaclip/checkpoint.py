@@ -10,6 +10,7 @@ nor safetensors notices a flipped bit; a damaged checkpoint is named and the one
 
 import hashlib
 import json
+import math
 import os
 import secrets
 import shutil
@@ -212,9 +213,22 @@ def prune(folder: Path, keep: int) -> None:
 
 def mark(folder: Path, reason: str, step: int, **details: Any) -> None:
     """Have `prune` leave the checkpoint of a step, until the mark of this reason goes to another or is removed."""
+    folder.mkdir(parents=True, exist_ok=True)
     temporary = folder / f".{reason}-{secrets.token_hex(4)}"
     temporary.write_text(json.dumps({"step": step} | details) + "\n")
     temporary.replace(folder / f"{reason}.json")
+
+
+def mark_best(folder: Path, step: int, name: str, value: float) -> bool:
+    """Give a step the mark `best` if no checkpoint has it with as high a value of that name; whether it got it.
+
+    The mark of a checkpoint that is gone, or given for another number, counts for nothing.
+    """
+    before, there = marks(folder).get("best", {}), {step_of(path) for path in paths(folder)} - {step}
+    if before.get("name") == name and before["step"] in there and value <= before.get("value", -math.inf):
+        return False
+    mark(folder, "best", step, name=name, value=value)
+    return True
 
 
 def unmark(folder: Path, reason: str) -> None:

@@ -13,8 +13,10 @@ from evaclip.data.shards import DataConfig
 from evaclip.encoder.image_tower import WITHOUT_TEXT
 from evaclip.engine import EngineConfig
 from evaclip.errors import CheckpointError, InputError, near_path
+from evaclip.evals.card import load_card
 from evaclip.evals.linear_probe import Probe, ProbeConfig
-from evaclip.evals.retrieval import Retrieval, RetrievalConfig
+from evaclip.evals.names import folder_of
+from evaclip.evals.retrieval import Retrieval, RetrievalConfig, retrieval_cards
 from evaclip.evals.zero_shot import ZeroShot, ZeroShotConfig
 from evaclip.guard.health import GuardConfig
 from evaclip.log import LogConfig
@@ -45,22 +47,51 @@ class EvalConfig:
     every: int = 0
     """Steps between two evaluations; 0 evaluates at the end only."""
     beside: bool = False
-    """Leave the benchmarks to `evaclip watch`, a process of its own that scores the checkpoints."""
+    """Leave the benchmarks to `evaclip watch`, a process of its own that scores the checkpoints. Of a model that fsdp2
+    spreads, each process otherwise holds all of it in float32 while it is scored: 72 GB for 18B."""
+    datasets: tuple[str, ...] = ()
+    """Benchmarks by name or card, flickr30k and coco too, whose data lies in `data_root`."""
+    probes: tuple[str, ...] = ()
+    """Benchmarks there to fit a linear probe on."""
+    data_root: Path = Path("data")
+    """Folder that has a folder for each of `datasets` and `probes`."""
+    batch: int = 256
+    """Images of them that pass through the tower at a time."""
+    workers: int = 0
+    """Processes that decode their images; 0 decodes in the main process."""
     zero_shot: tuple[ZeroShotConfig, ...] = ()
-    """The benchmarks of classification."""
+    """The benchmarks of classification whose data lies elsewhere."""
     retrieval: tuple[RetrievalConfig, ...] = ()
-    """The benchmarks of finding captions and images."""
+    """The benchmarks of finding captions and images whose data lies elsewhere."""
     probe: tuple[ProbeConfig, ...] = ()
-    """The benchmarks whose training images a linear probe is fitted on."""
+    """The benchmarks whose data lies elsewhere and whose training images a linear probe is fitted on."""
+
+    @property
+    def benchmarks(self) -> tuple[Any, ...]:
+        """All that is asked for, by name or in full."""
+        return (*self.datasets, *self.probes, *self.zero_shot, *self.retrieval, *self.probe)
 
     def build(self) -> Mapping[str, Evaluator]:
         """The evaluators by kind and name; each finds its data now, so that a wrong path is known before the work."""
+        how: dict[str, Any] = {"batch": self.batch, "workers": self.workers}
+        zero_shot, retrieval, probe = list(self.zero_shot), list(self.retrieval), list(self.probe)
+        for name in self.datasets:
+            if name.lower() in retrieval_cards():
+                data = folder_of(self.data_root, [name.lower()])
+                retrieval.append(RetrievalConfig(card=name, data=data, **how))
+            else:
+                zero_shot.append(ZeroShotConfig(card=name, data=self._images(name), **how))
+        probe += [ProbeConfig(card=name, data=self._images(name), **how) for name in self.probes]
         found = (
-            [("zero_shot", ZeroShot(part)) for part in self.zero_shot]
-            + [("retrieval", Retrieval(part)) for part in self.retrieval]
-            + [("probe", Probe(part)) for part in self.probe]
+            [("zero_shot", ZeroShot(part)) for part in zero_shot]
+            + [("retrieval", Retrieval(part)) for part in retrieval]
+            + [("probe", Probe(part)) for part in probe]
         )
         return {f"{kind}/{evaluator.card.name}": evaluator for kind, evaluator in found}
+
+    def _images(self, name: str) -> Path:
+        card = load_card(name)
+        return folder_of(self.data_root, [card.name, *card.aliases])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,7 +153,7 @@ class RunConfig:
             name = WITHOUT_TEXT[self.objective.kind]
             if self.start_from or self.vision_init or self.text_init:
                 raise InputError(f"{name} starts from random: it takes no weights to start from")
-            if self.evals.zero_shot or self.evals.retrieval or self.evals.probe:
+            if self.evals.benchmarks:
                 raise InputError(f"{name} has no text tower to score with; probe what a CLIP run makes of it")
 
 

@@ -17,8 +17,10 @@ from evaclip.errors import AbsentError, InputError
 
 Told = TypeVar("Told")
 
-# Longest that a process waits for the others; an evaluation on the first one takes minutes.
+# Longest that a process waits for the others: one may have slower disks, or more left to evaluate.
 PATIENCE = timedelta(minutes=60)
+# Rows of a matrix that travel at a time.
+PIECE = 16_384
 # Under Slurm the group meets at a port in this range, below the one from which Linux gives out ports by itself.
 PORTS = range(10_000, 30_000)
 # What a launcher tells besides how many processes there are, and what of it a task of srun has instead.
@@ -184,6 +186,24 @@ def gathered(value: Told) -> list[Told]:
         return [value]
     found: list[Any] = [None] * world_size()
     dist.all_gather_object(found, value)
+    return found
+
+
+def rows_of_all(rows: Tensor) -> Tensor:
+    """The rows that each process has, any number of them, by rank, in all processes; on the CPU.
+
+    They travel in pieces into their place, so nothing but the result is there twice.
+    """
+    if world_size() == 1:
+        return rows
+    shapes = gathered(tuple(rows.shape))
+    width = next((shape[1:] for shape in shapes if shape[0]), tuple(rows.shape[1:]))  # a process may have no row
+    found = rows.new_empty(sum(shape[0] for shape in shapes), *width)
+    for source, part in enumerate(found.split([shape[0] for shape in shapes])):
+        if source == rank():
+            part.copy_(rows)
+        for start in range(0, len(part), PIECE):
+            dist.broadcast(part[start : start + PIECE], source)
     return found
 
 

@@ -1,6 +1,7 @@
 """Where a run starts: its folder, the phase before it, its newest checkpoint, or an older one that it goes back to."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -120,11 +121,24 @@ def gone_back(config: RunConfig, engine: Engine, cursor: Cursor, lost: tuple[int
     return taken_up(engine, found, back)
 
 
-def save(config: RunConfig, step: int, engine: Engine, cursor: Cursor, writer: checkpoint.Writer) -> int:
-    """Whole tensors and the sum of the damage, gathered from all processes and written by the first."""
+def save(
+    config: RunConfig,
+    step: int,
+    engine: Engine,
+    cursor: Cursor,
+    writer: checkpoint.Writer,
+    scores: Sequence[tuple[str, float]] = (),
+) -> int:
+    """Whole tensors and the sum of the damage, gathered from all processes and written by the first.
+
+    `scores`: what an evaluation at this step found; the first number decides whether it is the best checkpoint so far.
+    """
     cursor = replace(cursor, damaged=total_of(cursor.damaged))
     state, record = engine.state_dict(), {"engine": engine.scalars(), "config": unstructured(config)}
     with main_first():
         if is_main():
             writer.write(step, state, record | {"cursor": cursor.record()})
+            for name, value in scores[:1]:
+                if checkpoint.mark_best(config.run_dir / "checkpoints", step, name, value):
+                    say(f"best so far: step {step:,}, {name} {value:.4g}")
     return step

@@ -110,14 +110,16 @@ def _loop(
                 stream, saved = _stream(config, engine, shards, cursor), step
                 batches, meter, health = iter(stream), Meter(config, stream.times, log), Health(guard)
                 continue
+            scores: list[tuple[str, float]] = []
             if due(step, config.evals.every, config.steps):
                 _take_long(stop, heart, "evaluate")
-                for name, value in evaluate(evaluators, engine, folder, step):
+                scores = evaluate(evaluators, engine, folder, step)
+                for name, value in scores:
                     log.scalars(step, {name: value})
                     meter.note(name, value)
             if due(step, config.checkpoint.every, config.steps):
                 _take_long(stop, heart, "save")
-                saved = save(config, step, engine, cursor, writer)
+                saved = save(config, step, engine, cursor, writer, scores)
         stop.answered()
         heart.phase("save")
         if not any_of(writer.failed is not None) and saved != step:
@@ -181,19 +183,14 @@ def _go_back(
 
 
 def evaluate(evaluators: list[Evaluator], engine: Engine, run_dir: Path, step: int) -> list[tuple[str, float]]:
-    """Every benchmark's numbers at a step; files go to `evals/step_N/` of the run.
-
-    Processes that all have the model share the images. Of a model that is spread, the first puts a copy together and
-    works alone, while the others wait.
-    """
-    student = engine.whole_student() if evaluators else None
-    alone = any_of(student is None)
-    if student is None:
+    """Every benchmark's numbers at a step; files go to `evals/step_N/` of the run. All processes share the work."""
+    if not evaluators:
         return []
+    student = engine.whole_student()
     assert isinstance(student, Clip)
     student.eval()
     folder = run_dir / "evals" / f"step_{step:08}"
-    share = (0, 1) if alone else (rank(), world_size())
+    share = (rank(), world_size())
     found = [pair for evaluator in evaluators for pair in evaluator(student, engine.device, folder, share)]
     student.train()
     return found

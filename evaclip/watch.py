@@ -22,10 +22,6 @@ from evaclip.config import EvalConfig, Evaluator, load_config
 from evaclip.encoder import clip_of_checkpoint
 from evaclip.engine import EngineConfig
 from evaclip.errors import CheckpointError, InputError, did_you_mean
-from evaclip.evals.card import load_card
-from evaclip.evals.linear_probe import ProbeConfig
-from evaclip.evals.retrieval import RetrievalConfig, retrieval_cards
-from evaclip.evals.zero_shot import ZeroShotConfig
 from evaclip.log import read_lines, say
 from evaclip.report.run import SCORES, write_run_report
 
@@ -59,7 +55,14 @@ class WatchCommand:
 def run_watch(command: WatchCommand) -> None:
     """Watch until the run is done."""
     config = load_config(command.run)
-    evaluators = (_asked_for(command) if command.datasets or command.probes else config.evals).build()
+    asked = EvalConfig(
+        datasets=command.datasets,
+        probes=command.probes,
+        data_root=command.data_root,
+        batch=command.batch,
+        workers=command.workers,
+    )
+    evaluators = (asked if asked.benchmarks else config.evals).build()
     if not evaluators:
         raise InputError(
             f"{command.run} has no benchmarks in its configuration; name some: --datasets cifar10 imagenet"
@@ -170,22 +173,6 @@ def scores_by_print(run: Path) -> dict[str, set[str]]:
     for record in read_lines(run / SCORES):
         found.setdefault(record["model_sha256"], set()).add(record["benchmark"])
     return found
-
-
-def _asked_for(command: WatchCommand) -> EvalConfig:
-    """The benchmarks named at the command line as a run's configuration would name them."""
-    retrieval = [name for name in command.datasets if name in retrieval_cards()]
-    found = [
-        (name, command.data_root / (name if name in retrieval else load_card(name).name)) for name in command.datasets
-    ]
-    how = {"batch": command.batch, "workers": command.workers}
-    return EvalConfig(
-        zero_shot=tuple(ZeroShotConfig(card=name, data=data, **how) for name, data in found if name not in retrieval),
-        retrieval=tuple(RetrievalConfig(card=name, data=data, **how) for name, data in found if name in retrieval),
-        probe=tuple(
-            ProbeConfig(card=name, data=command.data_root / load_card(name).name, **how) for name in command.probes
-        ),
-    )
 
 
 def _append(path: Path, record: Mapping[str, Any]) -> None:

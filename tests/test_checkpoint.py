@@ -11,7 +11,17 @@ import pytest
 import torch
 
 from evaclip import checkpoint
-from evaclip.checkpoint import CheckpointConfig, Writer, forget_after, load, newest, prune, save
+from evaclip.checkpoint import (
+    CheckpointConfig,
+    Writer,
+    forget_after,
+    load,
+    mark_best,
+    marks,
+    newest,
+    prune,
+    save,
+)
 from evaclip.errors import CheckpointError, InputError
 
 
@@ -232,3 +242,14 @@ def test_going_back_forgets_what_came_after(tmp_path):
     write(tmp_path, 1, 2, 3)
     forget_after(tmp_path, 16)
     assert newest(tmp_path).step == 2
+
+
+def test_the_best_is_the_highest_of_those_that_are_there_and_of_one_number(tmp_path):
+    marked = [mark_best(tmp_path / "new", 1, "a", 0.5)]
+    write(tmp_path, 1, 2, 3, 4)
+    for step, name, value in [(1, "a", 0.5), (2, "a", 0.5), (3, "a", 0.6), (4, "a", 0.55), (3, "a", 0.1), (4, "b", 0)]:
+        marked.append(mark_best(tmp_path, step, name, value))
+    assert marked == [True, True, False, True, False, True, True]
+    assert marks(tmp_path) == {"best": {"step": 4, "name": "b", "value": 0}}
+    shutil.rmtree(tmp_path / "step_00000004")
+    assert mark_best(tmp_path, 2, "b", -1)

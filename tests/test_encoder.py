@@ -12,6 +12,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from evaclip import checkpoint
+from evaclip.config import load_config
 from evaclip.encoder import load_encoder
 from evaclip.errors import CheckpointError, InputError
 from evaclip.models.clip import Clip
@@ -61,6 +62,17 @@ def test_a_run_gives_its_towers(tmp_path):
         expected = F.normalize(model.encode_image(encoder.preprocessing.normalized(pixels)), dim=1)
     assert torch.equal(encoder.images(pixels), expected)
     assert encoder.texts(CAPTIONS).shape == (2, config.model.dim)
+
+
+def test_a_run_from_before_a_field_takes_its_default(tmp_path):
+    config = eva02_tiny_digits()
+    checkpoint.save(tmp_path / "checkpoints", 7, {"model": Clip(config.model).state_dict()}, {})
+    record = unstructured(config)
+    for field in ("kind", "loss"):
+        del record["objective"][field]
+    (tmp_path / "config.json").write_text(json.dumps(record))
+    assert load_encoder(tmp_path).origin["step"] == "7"
+    assert load_config(tmp_path) == config
 
 
 def test_an_open_clip_name_may_be_random():

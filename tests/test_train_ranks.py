@@ -1,23 +1,33 @@
 """Training on several processes: the samples and losses of one, and checkpoints that any number can continue."""
 
+import itertools
 import json
+import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 
 from evaclip.config import EvalConfig, RunConfig
+from evaclip.encoder import load_encoder
 from evaclip.engine import EngineConfig
-from evaclip.evals.zero_shot import ZeroShotConfig
+from evaclip.evals.card import load_card
+from evaclip.evals.features import Setting
+from evaclip.evals.layouts import find_images
+from evaclip.evals.linear_probe import ProbeConfig
+from evaclip.evals.retrieval import RetrievalConfig
+from evaclip.evals.zero_shot import ZeroShotConfig, zero_shot
 from evaclip.guard.health import GuardConfig
 from evaclip.log import read_log
 from evaclip.objectives.clip import ClipConfig, ClipObjective
 from evaclip.train import train
 from tests.evals.test_card_and_layouts import write_folders
+from tests.evals.test_retrieval import CARD, karpathy
 from tests.models.layouts import FAMILIES, eva_vision, openai_clip, shape_of, text_tower, torchscript
 from tests.ranks import in_ranks
 from tests.test_faults import poisoned
@@ -48,9 +58,15 @@ def run(folder: Path, shards: Path, kind: str, micro_batches: int = 1, stop_afte
 
 def several(folder: Path, shards: Path) -> None:
     """Every way of sharing the work, and a run that is stopped, in one group of ranks."""
-    scored = EvalConfig(every=6, zero_shot=(ZeroShotConfig(card=str(folder / "few.toml"), data=folder / "cifar"),))
+    card = str(folder / "few.toml")
+    scored = EvalConfig(
+        every=6,
+        zero_shot=(ZeroShotConfig(card=card, data=folder / "cifar", batch=8),),
+        retrieval=(RetrievalConfig(card=str(folder / "captions.toml"), data=folder / "captioned", batch=8),),
+        probe=(ProbeConfig(card=card, data=folder / "cifar", batch=8),),
+    )
     assert run(folder / "ddp", shards, "ddp", evals=scored) == 12
-    assert run(folder / "fsdp2", shards, "fsdp2", micro_batches=2) == 12
+    assert run(folder / "fsdp2", shards, "fsdp2", micro_batches=2, evals=scored) == 12
     poison_of_one_rank(folder / "poisoned", shards)
     assert run(folder / "stopped", shards, "zero1", stop_after=7) == 7
 
@@ -72,11 +88,13 @@ def test_two_ranks_train_as_one_process_does(tmp_path, shards):
     few = "\n".join(line for line in lines if not line.startswith("per_class")).replace("count = 10000", "count = 23")
     (tmp_path / "few.toml").write_text(few)
     write_folders(tmp_path / "cifar")
+    shutil.copytree(tmp_path / "cifar" / "test", tmp_path / "cifar" / "train")
+    next((tmp_path / "cifar" / "train").glob("*/*.png")).unlink()
+    karpathy(tmp_path / "captioned")
+    (tmp_path / "captions.toml").write_text(CARD)
     in_ranks(2, several, tmp_path, folder)
-    for step in (6, 12):  # the two ranks shared the images
-        found = json.loads((tmp_path / "ddp" / "evals" / f"step_{step:08}" / "cifar10.json").read_text())
-        assert found["images"] == 23 and 0 <= found["metrics"]["top1"] <= 1
-    assert len([r for r in read_log(tmp_path / "ddp") if "zero_shot/cifar10/top1" in r]) == 2
+    for kind, step in itertools.product(("ddp", "fsdp2"), (6, 12)):
+        check_scores(tmp_path, kind, step)
     right = losses(tmp_path / "alone")
     # FSDP2 runs with two micro-batches besides: its sums are taken in yet another order.
     for name, tolerance in (("ddp", 1e-5), ("fsdp2", 5e-5)):
@@ -88,6 +106,25 @@ def test_two_ranks_train_as_one_process_does(tmp_path, shards):
     cursor = final(tmp_path / "poisoned").record["cursor"]
     assert cursor["passed_over"] == [[144, 176]] and cursor["position"] == 16 * 16 + 32
     assert final(tmp_path / "stopped").record["cursor"] == final(tmp_path / "alone").record["cursor"]
+
+
+def check_scores(folder: Path, kind: str, step: int) -> None:
+    """What two ranks that shared the work wrote and logged; after the last step also what one process finds."""
+    beside = folder / kind / "evals" / f"step_{step:08}"
+    logged = {name: value for r in read_log(folder / kind) if r.get("step") == step for name, value in r.items()}
+    for name, key in (
+        ("cifar10", "zero_shot/cifar10/top1"),
+        ("cifar10_probe", "probe/cifar10/linear/top1"),
+        ("coco", "retrieval/coco/mean_recall"),
+    ):
+        found = json.loads((beside / f"{name}.json").read_text())
+        assert found["images"] == (12 if name == "coco" else 23) and not found["partial"]
+        assert logged[key] == found["metrics"][found["headline"]]
+    if step == 12:
+        card, encoder = load_card(str(folder / "few.toml")), load_encoder(folder / kind)
+        again = zero_shot(encoder, card, find_images(card, folder / "cifar"), Setting(batch=8))
+        with np.load(beside / "cifar10.npz") as stored:
+            assert np.array_equal(again.ranks, stored["ranks"])
 
 
 def test_torchrun_starts_it_and_one_rank_talks(tmp_path, shards):

@@ -86,9 +86,11 @@ def test_every_checkpoint_is_scored_as_in_the_training(tmp_path, recipe, capfd, 
         folder = f"evals/step_{step:08}/cifar10.json"
         assert json.loads((run / folder).read_text())["metrics"]["top1"] == found[step]
     best = max(found, key=lambda step: (found[step], -step))
-    assert checkpoint.marks(run / "checkpoints") == {
-        "best": {"step": best, "name": "zero_shot/cifar10/top1", "value": found[best]}
-    }
+    for one in (run, tmp_path / "inside"):
+        assert checkpoint.marks(one / "checkpoints") == {
+            "best": {"step": best, "name": "zero_shot/cifar10/top1", "value": found[best]}
+        }
+        assert f"best checkpoint: step {best}, zero_shot/cifar10/top1" in write_run_report(one).read_text()
     board = EventAccumulator(str(run / "tensorboard" / "evals")).Reload()
     assert [(e.step, pytest.approx(e.value)) for e in board.Scalars("zero_shot/cifar10/top1")] == list(found.items())
     assert "best so far: step" in capfd.readouterr().err and drawn == [run] * 3

@@ -81,8 +81,12 @@ def _shape_and_loss(run_dir: Path) -> tuple[ClipShape, str]:
     path = run_dir / "config.json"
     try:
         config = json.loads(path.read_text())
-        shape, loss = config["model"], config["objective"]["loss"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        shape, objective = config["model"], config["objective"]
+        # The first runs were written when there was one objective, and that had one loss.
+        if objective.get("kind", "clip") != "clip":
+            raise ValueError(f"its objective is {objective['kind']}")
+        loss = objective.get("loss", "softmax")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{run_dir} is not the folder of a run that has two towers: {error}") from None
     return structured(shape, ClipShape, path), loss
 

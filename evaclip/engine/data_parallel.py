@@ -165,8 +165,8 @@ class Engine:
         """The norm of each tensor, from the parts that the processes hold."""
         return torch.stack(torch._foreach_norm(own_parts))
 
-    def whole_student(self) -> nn.Module | None:
-        """The model to be used outside of training. All processes call it; None where only another one gets it."""
+    def whole_student(self) -> nn.Module:
+        """The model to be used outside of training, in every process. All of them call it."""
         if self._masters is None:
             return self.objective.student
         whole = copy.deepcopy(self.objective.student).float()

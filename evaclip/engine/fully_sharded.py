@@ -4,8 +4,9 @@ For towers that do not fit one GPU (EVA-CLIP 8B and 18B). Each block's parameter
 afterwards (Zhao et al., arXiv 2304.11277, section 3). A tensor is split along its first dimension; LAMB and the
 gradient's norm sum over the parts. Checkpoints hold whole tensors.
 
-The whole model exists once, in the first process's main memory: initial values are dealt out from there tensor by
-tensor, and what is saved comes back the same way. The other processes build it on the meta device, without values.
+Initial values are dealt out tensor by tensor from the first process's main memory, and what is saved comes back the
+same way. The other processes build the model on the meta device, without values. Only while it is evaluated does each
+process have all of it: the benchmarks' images are shared as under the other engines, none waits for another.
 """
 
 import copy
@@ -33,7 +34,8 @@ class FullyShardedEngine(Engine):
         if everyone() is None:
             raise InputError("--engine.kind fsdp2 spreads the model over processes: start them with torchrun")
         device = config.resolved_device()
-        self._whole = objective.student.cpu() if is_main() else None
+        first = objective.student.cpu() if is_main() else None
+        self._plain = _without_values(objective.student)
         objective.student = _without_values(objective.student)
         mesh = init_device_mesh(device.type, (world_size(),))
         self._root: Any = FirstPhase(objective, config.precision, device)
@@ -43,7 +45,7 @@ class FullyShardedEngine(Engine):
             fully_shard(block, mesh=mesh, mp_policy=low if config.precision == "pure_bf16" else MixedPrecisionPolicy())
         fully_shard(self._root, mesh=mesh)
         objective.student.to_empty(device=device)
-        _fill(objective.student, self._whole)
+        _fill(objective.student, first)
         optimizer = optim.build(objective.student, objective.layers(), flat=False)
         super().__init__(config, objective, optimizer, optim.clip_norm)
 
@@ -69,13 +71,14 @@ class FullyShardedEngine(Engine):
         dist.all_reduce(squares, group=everyone())
         return squares.sqrt()
 
-    def whole_student(self) -> nn.Module | None:
-        """A copy with all parameters, on the first process."""
-        state = _gathered(self.objective.student.state_dict())
-        if self._whole is None:
-            return None
-        self._whole.load_state_dict(state)
-        return self._whole.to(self.device)
+    @torch.no_grad()
+    def whole_student(self) -> nn.Module:
+        """A copy with all values on each process's device; its memory, float32, is free again with the copy."""
+        whole, own = copy.deepcopy(self._plain).to_empty(device=self.device), self.objective.student
+        values = dict([*own.named_parameters(), *own.named_buffers()])
+        for name, place in [*whole.named_parameters(), *whole.named_buffers()]:
+            place.copy_(_whole(values[name]))
+        return whole
 
     def state_dict(self) -> dict[str, dict[str, Tensor]]:
         """As in `Engine`."""
@@ -125,10 +128,14 @@ def _gathered(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Whole tensors in the first process's main memory, one after the other; none in the others."""
     found = {}
     for name, tensor in tensors.items():
-        whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        whole = _whole(tensor)
         if is_main():
             found[name] = whole.cpu()
     return found
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def _local(tensor: Tensor) -> Tensor:

@@ -5,7 +5,6 @@ takes one. All captions are kept: COCO's 5,000 images have 25,010, although much
 """
 
 import hashlib
-import io
 import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -17,14 +16,13 @@ import pyarrow.dataset as arrow
 from PIL import Image
 
 from evaclip.data.tar import DamagedTarError, members
-from evaclip.data.transforms import FORMATS
 from evaclip.errors import InputError
+from evaclip.evals.layouts.found import stamp_of
+from evaclip.evals.layouts.tree import opened
 
 IMAGES = {".jpg", ".jpeg", ".png", ".webp"}
 # Folders below the data's own in which the images of a list may lie.
 PLACES = ("", "images", "Images", "flickr30k-images", "flickr30k_images", "val2014", "images/val2014")
-# An image with more is not decoded.
-MOST_PIXELS = 100_000_000
 
 
 @dataclass(frozen=True)
@@ -43,9 +41,15 @@ class CaptionedImages:
     """The image with a given number."""
     fingerprint: str
     """Hash of the keys, the captions and the sizes of the image files."""
+    stamp: str = ""
+    """Hash of the files' times: changes when a file is written again with the same size."""
 
     def __len__(self) -> int:
         return len(self.keys)
+
+    def pictures(self, number: int, frames: int = 1, sampling: str = "none") -> list[Image.Image]:
+        """The image. Raises OSError or ValueError for a damaged one."""
+        return [self.open(number)]
 
 
 def find_captioned(name: str, folder: Path) -> CaptionedImages | None:
@@ -149,8 +153,9 @@ def huggingface_parquet(name: str, folder: Path) -> CaptionedImages | None:
     if len(set(keys)) != len(keys):
         keys = [f"test-{number:06}" for number in range(len(rows))]
     return _captioned(
-        "huggingface_parquet", keys, [row[column] for row in rows], lambda i: io.BytesIO(data[i]), map(len, data)
-    )
+        "huggingface_parquet", keys, [row[column] for row in rows], lambda i: data[i], map(len, data),
+        stamp_of(files),
+    )  # fmt: skip
 
 
 def webdataset_tars(name: str, folder: Path) -> CaptionedImages | None:
@@ -169,8 +174,8 @@ def webdataset_tars(name: str, folder: Path) -> CaptionedImages | None:
                 captions[key] = _part(file, member.offset, member.size).decode().splitlines()
     keys = [key for key in images if key in captions]
     return _captioned(
-        "webdataset_tars", keys, [captions[key] for key in keys], lambda i: io.BytesIO(_part(*images[keys[i]])),
-        [images[key][2] for key in keys],
+        "webdataset_tars", keys, [captions[key] for key in keys], lambda i: _part(*images[keys[i]]),
+        [images[key][2] for key in keys], stamp_of(files),
     )  # fmt: skip
 
 
@@ -202,15 +207,15 @@ def _of_files(layout: str, folder: Path, captions: dict[str, list[str]], source:
     if not found:
         raise ValueError(f"none of the {len(captions):,} images that {source.name} names is below {folder}")
     keys, paths = list(found), list(found.values())
-    return _captioned(
-        layout, keys, [captions[key] for key in keys], lambda i: paths[i], (path.stat().st_size for path in paths)
-    )
+    sizes = [path.stat().st_size for path in paths]
+    told = [captions[key] for key in keys]
+    return _captioned(layout, keys, told, lambda i: paths[i].read_bytes(), sizes, stamp_of(paths))
 
 
 def _captioned(
-    layout: str, keys: list[str], captions: list[Any], source: Callable[[int], Any], sizes: Iterable[int]
+    layout: str, keys: list[str], captions: list[Any], data: Callable[[int], bytes], sizes: Iterable[int], stamp: str
 ) -> CaptionedImages:
-    """`captions`: a list for each image. `source`: what PIL opens for an image."""
+    """`captions`: a list for each image. `data`: the file of an image."""
     cleaned = [[said.strip() for said in own if said.strip()] for own in captions]
     bare = next((key for key, own in zip(keys, cleaned, strict=True) if not own), None)
     if bare is not None:
@@ -219,14 +224,8 @@ def _captioned(
     for key, own, size in zip(keys, cleaned, sizes, strict=True):
         digest.update(json.dumps([key, own, size]).encode())
     owners = np.repeat(np.arange(len(keys)), [len(own) for own in cleaned]).astype(np.int64)
-
-    def opened(number: int) -> Image.Image:
-        image = Image.open(source(number), formats=FORMATS)
-        if image.width * image.height > MOST_PIXELS:
-            raise ValueError(f"{image.width} x {image.height} is more than {MOST_PIXELS:,} pixels")
-        return image
-
-    return CaptionedImages(layout, keys, [said for own in cleaned for said in own], owners, opened, digest.hexdigest())
+    told = [said for own in cleaned for said in own]
+    return CaptionedImages(layout, keys, told, owners, lambda i: opened(data(i)), digest.hexdigest(), stamp)
 
 
 def _part(file: Path, offset: int, size: int) -> bytes:

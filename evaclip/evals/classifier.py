@@ -5,8 +5,7 @@ processes. Rows are kept by the hash of weights, tokenizer and prompts: ImageNet
 """
 
 import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -17,32 +16,18 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from evaclip.distributed import from_main, gathered
-from evaclip.encoder import Encoder, weights_hash
+from evaclip.encoder import Encoder
+from evaclip.evals.blocks import ALONE, Cache, Share
 from evaclip.evals.card import Card
-from evaclip.evals.encoded import finite
+from evaclip.evals.features import finite, tokenizer_ids
 from evaclip.log import progress
 
-# Classes between two writes of the cache, so that an interruption costs little.
+# Classes that a process encodes between two writes of the cache, so that an interruption costs little.
 SAVED_EVERY = 100
-# Captions that show which tokenizer it is.
-PROBE = ("A photo of a cat.", "naïve CAFÉ & 2,000 don'ts", "{}" * 60)
-
-
-@dataclass(frozen=True)
-class Cache:
-    """A folder of features of a model, which is known by the hash of its weights."""
-
-    folder: Path
-    weights: str
-
-
-def cache_of(encoder: Encoder, folder: Path) -> Cache:
-    """The cache in a folder for a model; reads all weights once."""
-    return Cache(folder, weights_hash(encoder.model.state_dict()))
 
 
 def class_embeddings(
-    encoder: Encoder, card: Card, cache: Cache | None = None, share: tuple[int, int] = (0, 1)
+    encoder: Encoder, card: Card, cache: Cache | None = None, share: Share = ALONE
 ) -> Float[Tensor, "classes dim"]:
     """One unit row per class, float32, on the encoder's device.
 
@@ -57,16 +42,15 @@ def class_embeddings(
     rows = from_main(rows) if ranks > 1 else rows
     missing = [name for name in names if keys[name] not in rows]
     own = missing[rank::ranks]
-    new: dict[str, Tensor] = {}
-    for count, name in enumerate(progress(own, len(own), f"encoding {card.title}'s classes"), 1):
-        features = encoder.texts(prompts[name])
-        new[keys[name]] = F.normalize(features.mean(0), dim=0).cpu()
-        if ranks == 1 and count % SAVED_EVERY == 0:
-            _store(path, rows | new)
-    for part in gathered(new) if ranks > 1 else [new]:
-        rows |= part
-    if missing and rank == 0:
-        _store(path, rows)
+    names_left = iter(progress(own, len(own), f"encoding {card.title}'s classes"))
+    for _ in range(0, len(missing), SAVED_EVERY * ranks):
+        new: dict[str, Tensor] = {}
+        for name in islice(names_left, SAVED_EVERY):
+            new[keys[name]] = F.normalize(encoder.texts(prompts[name]).mean(0), dim=0).cpu()
+        for part in gathered(new) if ranks > 1 else [new]:
+            rows |= part
+        if rank == 0:
+            _store(path, rows)
     return finite(torch.stack([rows[keys[name]] for name in card.classes]).to(encoder.device), encoder)
 
 
@@ -77,8 +61,7 @@ def prompts_hash(card: Card) -> str:
 
 def _identity(encoder: Encoder, cache: Cache) -> str:
     """Hash of what the text features depend on besides the prompts."""
-    ids: Sequence[int] = encoder.tokenizer(PROBE).flatten().tolist()
-    return hashlib.sha256(f"{cache.weights} {ids}".encode()).hexdigest()
+    return hashlib.sha256(f"{cache.weights} {tokenizer_ids(encoder)}".encode()).hexdigest()
 
 
 def _stored(path: Path | None) -> dict[str, Tensor]:

@@ -110,7 +110,10 @@ def compare(a: Result, b: Result) -> list[Paired]:
             raise InputError(
                 f"{a.path} and {b.path} do not have the same {name}; score both with one version of the card"
             )
-    return [_paired(metric, found[metric], right[metric]) for metric in found if metric in right]
+    shared = [metric for metric in found if metric in right]
+    if any(found[metric].shape != right[metric].shape for metric in shared):
+        raise InputError(f"{a.path} and {b.path} do not count the same files: some could be read for one of them alone")
+    return [_paired(metric, found[metric], right[metric]) for metric in shared]
 
 
 def hits(result: Result) -> dict[str, np.ndarray]:

@@ -1,14 +1,11 @@
-"""Image features in blocks of fixed size: what several processes share, what an interruption keeps, what is reused.
+"""Features of images and captions, in blocks: the one way of every evaluator to them.
 
-A data set is cut into blocks of `batch` images; block b is numbers b * batch to (b + 1) * batch - 1, and whole blocks
-go to processes in turn. A block is the same computation wherever it runs, so one, two or four processes find the same
-bits. A file that cannot be decoded has no feature and is named with the reason; nothing takes its place.
+A file that cannot be decoded has no feature and is named with the reason; nothing takes its place.
 """
 
 import hashlib
-import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,36 +14,46 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from PIL import Image
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from evaclip.distributed import gathered
 from evaclip.encoder import Encoder
 from evaclip.errors import InputError
-from evaclip.evals.classifier import Cache
+from evaclip.evals.blocks import ALONE, Block, Cache, Share, blocks_of, kept_blocks, whole
+from evaclip.evals.captioned import CaptionedImages
 from evaclip.evals.layouts import LabelledImages
-from evaclip.evals.protocol import View
+from evaclip.evals.protocol import PROTOCOLS, Protocol, View
 from evaclip.log import progress
 
+Pictures = LabelledImages | CaptionedImages
 Decoded = tuple[int, Tensor | None, str]
+# Share of files that may be damaged before a score is refused.
+BAD_SHARE = 0.001
+# Captions that show which tokenizer it is.
+PROBE = ("A photo of a cat.", "naïve CAFÉ & 2,000 don'ts", "{}" * 60)
 
 
-@dataclass(frozen=True)
-class Block:
-    """The features of some images."""
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """How benchmarks are run, whichever they are."""
 
-    numbers: np.ndarray
-    """int64: the images that have a feature."""
-    features: Float[Tensor, "images dim"]
-    """Unit rows, float32, on the CPU."""
-    bad: dict[int, str]
-    """The images that have none, with the reason."""
+    protocol: Protocol = PROTOCOLS["eva"]
+    batch: int = 256
+    """Images, or captions, of a block."""
+    workers: int = 0
+    """Processes that decode; 0 decodes in this one."""
+    cache: Cache | None = None
+    """Keeps features; None keeps none."""
+    share: Share = ALONE
+    """This process's number, and how many evaluate together."""
+    allow_partial: bool = False
+    """Whether many damaged files are borne."""
 
 
 @dataclass
 class Times:
-    """Where the time went, in seconds."""
+    """Where a process's time went, in seconds, and how many images it had."""
 
     waiting: float = 0.0
     """For decoded images."""
@@ -55,49 +62,60 @@ class Times:
     """Images that were decoded and encoded, not taken from the cache."""
     cached: int = 0
 
+    def of_all(self, share: Share) -> "Times":
+        """The same with the images of all processes that share the work."""
+        told = gathered((self.images, self.cached)) if share[1] > 1 else [(self.images, self.cached)]
+        images, cached = (sum(counts) for counts in zip(*told, strict=True))
+        return Times(self.waiting, self.tower, images, cached)
+
+    def speed(self, seconds: float) -> dict[str, float]:
+        """For the record of a result that took so long."""
+        return {
+            "images_per_second": round(self.images / seconds if seconds else 0.0, 1),
+            "from_cache": self.cached,
+            "waiting_for_images": round(self.waiting, 2),
+            "in_the_tower": round(self.tower, 2),
+        }
+
 
 @dataclass(frozen=True, kw_only=True)
 class FeatureSource:
     """Which images pass through which tower, how."""
 
     encoder: Encoder
-    images: LabelledImages
+    images: Pictures
     view: View
-    batch: int = 256
-    """Images of a block."""
-    workers: int = 0
-    """Processes that decode; 0 decodes in this one."""
-    cache: Cache | None = None
-    """Keeps features; None keeps none."""
-    share: tuple[int, int] = (0, 1)
-    """This process's number, and how many share the work."""
+    setting: Setting = field(default_factory=Setting)
     times: Times = field(default_factory=Times)
 
     def blocks(self, what: str) -> Iterator[Block]:
-        """This process's blocks: those that are cached first, then the others as they are computed."""
-        rank, ranks = self.share
-        count = len(self.images)
-        own = [range(at, min(at + self.batch, count)) for at in range(0, count, self.batch)][rank::ranks]
-        folder = self.cache.folder / f"images-{self._key(self.cache)[:16]}" if self.cache else None
-        missing = []
-        for numbers in own:
-            found = _load(folder, numbers)
-            if found is None:
-                missing.append(numbers)
-            else:
-                self.times.cached += len(numbers)
-                yield found
-        for block in self._computed(missing, what):
-            if folder is not None:
-                _save(folder, block)
-            yield block
+        """This process's blocks. Raises InputError when features are not finite."""
+        setting, images = self.setting, self.images
+        said = (self.view, images.fingerprint, images.stamp, setting.batch)
+        own = blocks_of(len(images), setting.batch, setting.share)
+        folder = _folder(setting.cache, "images", *said)
+        for block, cached in kept_blocks(own, folder, lambda missing: self._computed(missing, what)):
+            self.times.cached += cached * (len(block.numbers) + len(block.bad))
+            yield Block(block.numbers, finite(block.features, self.encoder), block.bad)
 
-    def _computed(self, missing: Sequence[range], what: str) -> Iterator[Block]:
+    def whole(self, title: str, what: str = "images") -> Block:
+        """The features of all images in every process.
+
+        Raises InputError when more are damaged than the setting bears, or all.
+        """
+        found = whole(self.blocks(f"{what} of {title}"), self.setting.share)
+        if not self.setting.allow_partial:
+            refuse_too_many_bad(found.bad, self.images, BAD_SHARE, title)
+        if not len(found.numbers):
+            raise none_readable(found.bad, self.images, title)
+        return found
+
+    def _computed(self, missing: list[range], what: str) -> Iterator[Block]:
         loader = DataLoader(
             _Pixels(self.images, self.view),
             batch_sampler=[list(numbers) for numbers in missing],
-            num_workers=self.workers,
-            multiprocessing_context="fork" if self.workers else None,
+            num_workers=self.setting.workers,
+            multiprocessing_context="fork" if self.setting.workers else None,
             collate_fn=list,
         )
         started = time.perf_counter()
@@ -116,20 +134,77 @@ class FeatureSource:
             return Block(np.zeros(0, np.int64), torch.zeros(0, 1), bad)
         frames = [len(pixels) for _, pixels in good]
         flat = torch.cat([pixels for _, pixels in good])
-        features = torch.cat([self.encoder.images(part) for part in flat.split(self.batch)]).cpu()
+        features = torch.cat([self.encoder.images(part) for part in flat.split(self.setting.batch)]).cpu()
         if set(frames) != {1}:
             features = F.normalize(torch.stack([part.mean(0) for part in features.split(frames)]), dim=1)
         return Block(np.array([number for number, _ in good]), features, bad)
 
-    def _key(self, cache: Cache) -> str:
-        said = (cache.weights, self.view, self.images.fingerprint, self.images.stamp, self.batch)
-        return hashlib.sha256(repr(said).encode()).hexdigest()
+
+def caption_features(
+    encoder: Encoder, captions: Sequence[str], setting: Setting, what: str
+) -> Float[Tensor, "captions dim"]:
+    """Unit rows of all captions, float32, on the CPU, in every process. Raises InputError when they are not finite.
+
+    Captions of like length share a block, which is padded to its longest.
+    """
+    order = sorted(range(len(captions)), key=lambda number: (len(captions[number]), number))
+
+    def computed(missing: list[range]) -> Iterable[Block]:
+        for numbers in progress(missing, len(missing), what):
+            rows = encoder.texts([captions[order[number]] for number in numbers]).cpu()
+            yield Block(np.array(numbers), finite(rows, encoder), {})
+
+    folder = None
+    if setting.cache is not None:
+        told = hashlib.sha256(repr(list(captions)).encode()).hexdigest()
+        folder = _folder(setting.cache, "captions", tokenizer_ids(encoder), told, setting.batch)
+    own = blocks_of(len(captions), setting.batch, setting.share)
+    rows = whole((block for block, _ in kept_blocks(own, folder, computed)), setting.share).features
+    features = torch.empty_like(rows)
+    features[torch.tensor(order)] = rows
+    return features
+
+
+def finite(features: Float[Tensor, "rows dim"], encoder: Encoder) -> Float[Tensor, "rows dim"]:
+    """The same; raises InputError if a number among them is none: every comparison with it would be wrong."""
+    if not torch.isfinite(features).all():
+        raise InputError(f"{encoder.name} gives features that are not finite: its weights have diverged")
+    return features
+
+
+def tokenizer_ids(encoder: Encoder) -> list[int]:
+    """What the tokenizer makes of a few captions: what a cache of text features knows it by."""
+    return encoder.tokenizer(PROBE).flatten().tolist()
+
+
+def refuse_too_many_bad(bad: dict[int, str], images: Pictures, share: float, title: str) -> None:
+    """Raise InputError when more files are damaged than a score can bear."""
+    if len(bad) > share * len(images):
+        number, reason = next(iter(bad.items()))
+        raise InputError(
+            f"{len(bad):,} of {len(images):,} files of {title} cannot be read, {images.keys[number]} for one "
+            f"({reason}); "
+            "--allow-partial scores the others"
+        )
+
+
+def none_readable(bad: dict[int, str], images: Pictures, title: str) -> InputError:
+    """What is raised when there is nothing to score."""
+    first = min(bad)
+    return InputError(f"no file of {title} can be read, {images.keys[first]} for one ({bad[first]})")
+
+
+def _folder(cache: Cache | None, kind: str, *said: object) -> Path | None:
+    """Where blocks lie that depend on the weights and on what is said besides."""
+    if cache is None:
+        return None
+    return cache.folder / f"{kind}-{hashlib.sha256(repr((cache.weights, *said)).encode()).hexdigest()[:16]}"
 
 
 class _Pixels(Dataset[Decoded]):
     """Decoded images by number: uint8 [frames, 3, size, size], or the reason why there are none."""
 
-    def __init__(self, images: LabelledImages, view: View) -> None:
+    def __init__(self, images: Pictures, view: View) -> None:
         self.images, self.view = images, view
 
     def __len__(self) -> int:
@@ -141,49 +216,3 @@ class _Pixels(Dataset[Decoded]):
             return number, torch.stack([self.view.pixels(picture) for picture in pictures]), ""
         except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
             return number, None, f"{error}" or type(error).__name__
-
-
-def _path(folder: Path, first: int) -> Path:
-    return folder / f"{first:09}.safetensors"
-
-
-def _save(folder: Path, block: Block) -> None:
-    first = int(min([*block.numbers.tolist(), *block.bad]))
-    folder.mkdir(parents=True, exist_ok=True)
-    about = {"bad": json.dumps(block.bad), "sha256": _hash(block.features)}
-    beside = _path(folder, first).with_suffix(".new")
-    save_file({"numbers": torch.from_numpy(block.numbers), "features": block.features.contiguous()}, beside, about)
-    beside.replace(_path(folder, first))
-
-
-def _load(folder: Path | None, numbers: range) -> Block | None:
-    """A block from the cache, None when it is not there, not whole, or not the same bits that were written."""
-    if folder is None or not _path(folder, numbers[0]).is_file():
-        return None
-    try:
-        with safe_open(_path(folder, numbers[0]), "pt") as stored:
-            about = stored.metadata() or {}
-            found = Block(
-                stored.get_tensor("numbers").numpy(),
-                stored.get_tensor("features"),
-                {int(number): reason for number, reason in json.loads(about["bad"]).items()},
-            )
-    except (SafetensorError, OSError, KeyError, ValueError):
-        return None
-    whole = len(found.numbers) + len(found.bad) == len(numbers) and _hash(found.features) == about.get("sha256")
-    return found if whole else None
-
-
-def _hash(features: Tensor) -> str:
-    return hashlib.sha256(features.contiguous().numpy().tobytes()).hexdigest()
-
-
-def refuse_too_many_bad(bad: dict[int, str], images: LabelledImages, share: float, title: str) -> None:
-    """Raise InputError when more files are damaged than a score can bear."""
-    if len(bad) > share * len(images):
-        number, reason = next(iter(bad.items()))
-        raise InputError(
-            f"{len(bad):,} of {len(images):,} files of {title} cannot be read, {images.keys[number]} for one "
-            f"({reason}); "
-            "--allow-partial scores the others"
-        )

@@ -9,7 +9,7 @@ into the common space, computed once, float32.
 import hashlib
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -23,13 +23,15 @@ from torch import Tensor
 from evaclip import keyed
 from evaclip.encoder import Encoder, encoder_of
 from evaclip.errors import InputError
+from evaclip.evals.blocks import ALONE, Share, in_blocks
 from evaclip.evals.card import Card, load_card
-from evaclip.evals.encoded import image_features
+from evaclip.evals.features import FeatureSource, Setting, Times
 from evaclip.evals.layouts import LabelledImages, find_images
+from evaclip.evals.protocol import View, view_of
 from evaclip.evals.zero_shot import check_count
 from evaclip.log import say
 from evaclip.models.clip import Clip
-from evaclip.report.results import wilson, write_result
+from evaclip.report.results import ledger, wilson, write_result
 
 # Powers of ten of the weight decay that are tried first; then, twice, halfway to the neighbours of the best.
 EXPONENTS = (-6.0, -4.0, -2.0, 0.0, 2.0)
@@ -38,6 +40,8 @@ ITERATIONS = 1000
 TEMPERATURE = 0.07
 # Images whose logits or similarities are there at a time.
 ROWS = 65_536
+# Test images whose neighbours a process looks for before the next one's turn.
+TEST_ROWS = 1024
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,8 +70,13 @@ class ProbeConfig:
 
 @dataclass(frozen=True)
 class ProbeResult:
-    """The outcome on the test images, in their order."""
+    """The outcome on the test images that could be read, in their order."""
 
+    view: View
+    trained_on: int
+    """Training images that could be read."""
+    scored: np.ndarray
+    """int64: which of the test images could be read."""
     logits: np.ndarray
     """float32 [images, classes] of the linear probe."""
     neighbours: np.ndarray
@@ -75,7 +84,10 @@ class ProbeResult:
     decay: float
     tried: dict[float, float]
     """Accuracy on the held-out part by weight decay."""
+    bad: dict[str, dict[int, str]]
+    """By part, `train` and `test`: the images that could not be read, with the reason."""
     seconds: float
+    times: Times
 
 
 class Probe:
@@ -92,52 +104,74 @@ class Probe:
         check_count(self.card, self.test, allow_partial)
 
     def __call__(
-        self, model: Clip, device: torch.device, folder: Path, share: tuple[int, int] = (0, 1)
+        self, model: Clip, device: torch.device, folder: Path, share: Share = ALONE
     ) -> Iterator[tuple[str, float]]:
-        """Fit and score; `folder` receives the JSON and the predictions. Of several processes the first works."""
-        if share[0] != 0:
-            return
+        """Fit and score; `folder` receives the JSON and the predictions.
+
+        `share`: this process's number, and how many score together; all get the numbers, the first writes.
+        """
         encoder = encoder_of(model.to(device), {})
-        record = self.save(self.run(encoder), encoder, folder)[1]
+        result = self.run(encoder, Setting(batch=self.config.batch, workers=self.config.workers, share=share))
+        record = self.record(result, encoder)
+        if share[0] == 0:
+            self.save(result, record, folder)
         for name, value in record["metrics"].items():
             yield f"probe/{self.card.name}/{name}", value
 
-    def run(self, encoder: Encoder) -> ProbeResult:
-        """Features of both parts, the choice of the weight decay, the fit, and the vote."""
-        start, config, classes = time.perf_counter(), self.config, len(self.card.classes)
+    def run(self, encoder: Encoder, setting: Setting) -> ProbeResult:
+        """Features of both parts, the choice of the weight decay, the fit, and the vote.
+
+        Of processes that share the work, each gets the whole result; all of them make the last fit.
+        """
+        start, config, classes, times = time.perf_counter(), self.config, len(self.card.classes), Times()
+        view = view_of(setting.protocol, self.card, encoder.preprocessing)
         train, test = (
-            image_features(encoder, part.keys, part.open, f"{name} images", config.batch, config.workers)
+            FeatureSource(encoder=encoder, images=part, view=view, setting=setting, times=times).whole(
+                self.card.title, f"{name} images"
+            )
             for name, part in (("training", self.train), ("test", self.test))
         )
-        labels = torch.from_numpy(self.train.labels).to(encoder.device)
-        decay, tried = chosen_decay(train, labels, classes, config.held_out, config.seed)
-        weights = fitted(train, labels, classes, decay)
-        votes = neighbour_votes(train, labels, test, classes, config.neighbours)
+        rows, others = train.features.to(encoder.device), test.features.to(encoder.device)
+        labels = torch.from_numpy(self.train.labels[train.numbers]).to(encoder.device)
+        decay, tried = chosen_decay(rows, labels, classes, config.held_out, config.seed, setting.share)
+        weights = fitted(rows, labels, classes, decay)
+
+        def voted(numbers: range) -> Tensor:
+            part = others[numbers.start : numbers.stop]
+            return neighbour_votes(rows, labels, part, classes, config.neighbours).argmax(1)
+
+        votes = in_blocks(voted, len(others), TEST_ROWS, setting.share)
         return ProbeResult(
-            logits_of(weights, test).cpu().numpy(), votes.argmax(1).cpu().numpy(), decay, tried,
-            time.perf_counter() - start,
+            view, len(rows), test.numbers, logits_of(weights, others).cpu().numpy(), votes.numpy(), decay, tried,
+            {"train": train.bad, "test": test.bad}, time.perf_counter() - start, times.of_all(setting.share),
         )  # fmt: skip
 
-    def save(self, result: ProbeResult, encoder: Encoder, folder: Path) -> tuple[Path, dict[str, Any]]:
-        """`<benchmark>_probe.json` and, beside it, `.npz` with the predictions; the path and the record."""
-        labels, card = self.test.labels, self.card
+    def record(self, result: ProbeResult, encoder: Encoder) -> dict[str, Any]:
+        """Everything that is needed to trust the numbers, as JSON."""
+        labels, card, view = self.test.labels[result.scored], self.card, result.view
         own = np.take_along_axis(result.logits, labels[:, None], 1)
         ranks = (result.logits > own).sum(1)  # ties of learnt float32 logits do not happen between classes
         hits = {f"linear/top{k}": int((ranks < k).sum()) for k in ((1, 5) if len(card.classes) > 5 else (1,))}
         hits["neighbours/top1"] = int((result.neighbours == labels).sum())
-        record = {
+        return {
             "dataset": f"{card.name}_probe",
             "title": f"{card.title}, linear probe",
             "model": {"name": encoder.name} | encoder.origin,
             "images": len(labels),
             "partial": len(labels) != card.count,
+            "coverage": {
+                "scored": len(labels),
+                "bad": sum(map(len, result.bad.values())),
+                "listed": card.count,
+                "trained_on": result.trained_on,
+            },
             "headline": "linear/top1",
             "metrics": {name: count / len(labels) for name, count in hits.items()},
             "interval95": {name: wilson(count, len(labels)) for name, count in hits.items()},
-            "protocol": {
+            "protocol": view.record()
+            | {
                 "features": "unit vectors of the common space, float32",
-                "preprocessing": asdict(encoder.preprocessing),
-                "training_images": len(self.train),
+                "training_images": result.trained_on,
                 "weight_decay": result.decay,
                 "held_out_accuracy": {f"{decay:.3g}": value for decay, value in sorted(result.tried.items())},
             }
@@ -149,18 +183,36 @@ class Probe:
             "versions": {name: version(name) for name in ("evaclip", "torch", "timm", "pillow")},
             "date": time.strftime("%Y-%m-%d"),
             "seconds": round(result.seconds, 2),
+            "speed": result.times.speed(result.seconds),
         }
+
+    def save(self, result: ProbeResult, record: dict[str, Any], folder: Path) -> Path:
+        """`<benchmark>_probe.json`; beside it `.npz` with the predictions, and `.bad.jsonl` if there is need."""
         arrays = {
-            "predictions": result.logits.argmax(1), "neighbours": result.neighbours, "labels": labels,
-            "classes": np.array(card.classes),
+            "keys": np.array([self.test.keys[number] for number in result.scored], dtype=np.str_),
+            "predictions": result.logits.argmax(1), "neighbours": result.neighbours,
+            "labels": self.test.labels[result.scored], "classes": np.array(self.card.classes),
         }  # fmt: skip
-        return write_result(folder, record["dataset"], record, arrays), record
+        told = [
+            {"part": name} | line
+            for name, part in (("train", self.train), ("test", self.test))
+            for line in ledger(part.keys, result.bad[name])
+        ]
+        return write_result(folder, record["dataset"], record, arrays, told)
 
 
 def chosen_decay(
-    features: Float[Tensor, "images dim"], labels: Int64[Tensor, " images"], classes: int, held_out: float, seed: int
+    features: Float[Tensor, "images dim"],
+    labels: Int64[Tensor, " images"],
+    classes: int,
+    held_out: float,
+    seed: int,
+    share: Share = ALONE,
 ) -> tuple[float, dict[float, float]]:
-    """The weight decay that is best on a held-out part, the larger of equals, and the accuracies of all tried."""
+    """The weight decay that is best on a held-out part, the larger of equals, and the accuracies of all tried.
+
+    `share`: this process's number, and how many call this together; each fits in its turn.
+    """
     count = len(labels)
     places = keyed.permute(np.arange(count), count, seed, "held out of a probe")
     hidden = torch.from_numpy(places < round(held_out * count)).to(labels.device)
@@ -169,10 +221,13 @@ def chosen_decay(
     tried: dict[float, float] = {}
 
     def best(exponents: tuple[float, ...]) -> float:
-        for exponent in exponents:
-            weights = fitted(features[~hidden], labels[~hidden], classes, 10**exponent)
+        def accuracy(one: range) -> Tensor:
+            weights = fitted(features[~hidden], labels[~hidden], classes, 10 ** exponents[one.start])
             right = logits_of(weights, features[hidden]).argmax(1) == labels[hidden]
-            tried[exponent] = float(right.double().mean())
+            return right.double().mean()[None]
+
+        found = in_blocks(accuracy, len(exponents), 1, share)
+        tried.update(zip(exponents, found.tolist(), strict=True))
         return max(tried, key=lambda exponent: (tried[exponent], exponent))
 
     found = best(EXPONENTS)

@@ -5,6 +5,7 @@ ImageNet's are WordNet ids, numbers, or lemmas. Names are equal when their lette
 """
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from evaclip.errors import InputError, did_you_mean
 from evaclip.evals.card import Card
@@ -16,6 +17,13 @@ KNOWN_SHARE = 0.5
 def canonical(name: str) -> str:
     """Letters and digits alone, without case: what is left of a name that survives a file system."""
     return "".join(letter for letter in name.casefold() if letter.isalnum())
+
+
+def folder_of(root: Path, names: Sequence[str]) -> Path:
+    """The folder below `root` that bears one of a benchmark's names, else where one of the first name would lie."""
+    wanted = {canonical(name) for name in names}
+    below = sorted(root.iterdir()) if root.is_dir() else []
+    return next((path for path in below if path.is_dir() and canonical(path.name) in wanted), root / names[0])
 
 
 def join_folders(card: Card, names: Sequence[str]) -> list[int | None] | None:

@@ -13,7 +13,7 @@ and top-5. Sources: EVA-01/clip/benchmark.md, arXiv 2103.00020, ImageNet Testbed
 """
 
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 from jaxtyping import UInt8
 from PIL import Image
@@ -77,6 +77,11 @@ class View:
             words.insert(0, f"{self.frames} frame{'s, features averaged' if self.frames > 1 else ''} ({self.sampling})")
         return ", ".join(words)
 
+    def record(self) -> dict[str, Any]:
+        """For the record of a result."""
+        mean, std = self.preprocessing.mean, self.preprocessing.std
+        return {"name": self.protocol, "preprocessing": self.described(), "mean": mean, "std": std}
+
 
 def protocol_named(name: str) -> Protocol:
     """A protocol by name. Raises InputError."""
@@ -85,14 +90,14 @@ def protocol_named(name: str) -> Protocol:
     return PROTOCOLS[name]
 
 
-def view_of(protocol: Protocol, card: Card, preprocessing: Preprocessing) -> View:
-    """What a protocol asks for on a benchmark, for a model with this preprocessing."""
+def view_of(protocol: Protocol, card: Card | None, preprocessing: Preprocessing) -> View:
+    """What a protocol asks for on a benchmark, for a model with this preprocessing; None is a set of plain images."""
     resize = preprocessing.resize if protocol.resize == "model" else protocol.resize
-    video = card.media == "video"
+    video = card is not None and card.media == "video"
     return View(
         protocol=protocol.name,
         preprocessing=replace(preprocessing, resize=resize),
-        border=card.border.get(protocol.name, 0),
+        border=card.border.get(protocol.name, 0) if card is not None else 0,
         frames=protocol.frames if video else 1,
         sampling=protocol.sampling if video else "none",
     )

@@ -21,11 +21,13 @@ from torch import Tensor
 
 from evaclip.encoder import Encoder, encoder_of
 from evaclip.errors import InputError, did_you_mean, near_path
+from evaclip.evals.blocks import ALONE, Share, in_blocks
 from evaclip.evals.captioned import READERS, CaptionedImages, find_captioned
-from evaclip.evals.encoded import finite, image_features
+from evaclip.evals.features import FeatureSource, Setting, Times, caption_features
+from evaclip.evals.protocol import View, view_of
 from evaclip.models.clip import Clip
 from evaclip.records import structured
-from evaclip.report.results import wilson, write_result
+from evaclip.report.results import ledger, wilson, write_result
 from evaclip.shipped import shipped
 
 RECALLS = (1, 5, 10)
@@ -79,9 +81,15 @@ class RetrievalResult:
 
     card: RetrievalCard
     data: CaptionedImages
+    view: View
+    scored: np.ndarray
+    """int64: which of the images could be read."""
     ranks: dict[str, np.ndarray]
-    """By way: int64, of each image and of each caption."""
+    """By way: int64, of each image that could be read, and of each of their captions."""
+    bad: dict[int, str]
+    """Images that could not be read, with the reason: neither they nor their captions are candidates."""
     seconds: float
+    times: Times
 
     def metrics(self) -> dict[str, float]:
         """Recall@1, 5 and 10 both ways, and the mean of the six."""
@@ -90,14 +98,16 @@ class RetrievalResult:
 
     def record(self, encoder: Encoder) -> dict[str, Any]:
         """Everything that is needed to trust the numbers, as JSON."""
-        card, data = self.card, self.data
+        card, data, view = self.card, self.data, self.view
+        images, captions = (len(self.ranks[way]) for way in WAYS)
         return {
             "dataset": card.name,
             "title": card.title,
             "model": {"name": encoder.name} | encoder.origin,
-            "images": len(data),
-            "captions": len(data.captions),
-            "partial": (len(data), len(data.captions)) != (card.images, card.captions),
+            "images": images,
+            "captions": captions,
+            "partial": (images, captions) != (card.images, card.captions),
+            "coverage": {"scored": images, "bad": len(self.bad), "listed": card.images},
             "headline": "mean_recall",
             "metrics": self.metrics(),
             "interval95": {
@@ -106,9 +116,9 @@ class RetrievalResult:
                 for k in RECALLS
             },
             "reference": [asdict(published) for published in card.reference],
-            "protocol": {
+            "protocol": view.record()
+            | {
                 "split": "Karpathy's test split, all captions",
-                "preprocessing": asdict(encoder.preprocessing),
                 "scores": "float32 cosines",
                 "ties": "count against the model",
                 "captions_sha256": hashlib.sha256("\n".join(data.captions).encode()).hexdigest(),
@@ -117,6 +127,7 @@ class RetrievalResult:
             "versions": {name: version(name) for name in ("evaclip", "torch", "timm", "pillow")},
             "date": time.strftime("%Y-%m-%d"),
             "seconds": round(self.seconds, 2),
+            "speed": self.times.speed(self.seconds),
         }
 
 
@@ -130,14 +141,17 @@ class Retrieval:
         self.data = retrieval_data(self.card, config.data)
 
     def __call__(
-        self, model: Clip, device: torch.device, folder: Path, share: tuple[int, int] = (0, 1)
+        self, model: Clip, device: torch.device, folder: Path, share: Share = ALONE
     ) -> Iterator[tuple[str, float]]:
-        """Score the model; `folder` receives the JSON and the ranks. Of several processes the first works."""
-        if share[0] != 0:
-            return
+        """Score the model; `folder` receives the JSON and the ranks.
+
+        `share`: this process's number, and how many score together; all get the numbers, the first writes.
+        """
         encoder = encoder_of(model.to(device), {})
-        result = retrieval(encoder, self.card, self.data, self.config.batch, self.config.workers)
-        save_retrieval(result, encoder, folder)
+        setting = Setting(batch=self.config.batch, workers=self.config.workers, share=share)
+        result = retrieval(encoder, self.card, self.data, setting)
+        if share[0] == 0:
+            save_retrieval(result, encoder, folder)
         for name, value in result.metrics().items():
             yield f"retrieval/{self.card.name}/{name}", value
 
@@ -174,44 +188,61 @@ def retrieval_data(card: RetrievalCard, folder: Path, allow_partial: bool = Fals
 
 
 def retrieval(
-    encoder: Encoder, card: RetrievalCard, data: CaptionedImages, batch: int = 256, workers: int = 0
+    encoder: Encoder, card: RetrievalCard, data: CaptionedImages, setting: Setting | None = None
 ) -> RetrievalResult:
-    """Score a model both ways. Raises InputError for an image that cannot be read."""
-    start = time.perf_counter()
-    images = image_features(encoder, data.keys, data.open, f"images of {card.title}", batch, workers)
-    texts = finite(encoder.texts(list(data.captions)), encoder)
-    owners = torch.from_numpy(data.owners).to(encoder.device)
+    """Score a model both ways; of processes that share the work, each gets the whole result.
+
+    Raises InputError when more images are damaged than the setting bears.
+    """
+    start, setting = time.perf_counter(), setting or Setting()
+    view = view_of(setting.protocol, None, encoder.preprocessing)
+    source = FeatureSource(encoder=encoder, images=data, view=view, setting=setting)
+    found = source.whole(card.title)
+    texts = caption_features(encoder, data.captions, setting, f"captions of {card.title}")
+    kept = np.isin(data.owners, found.numbers)
+    owners = torch.from_numpy(np.searchsorted(found.numbers, data.owners[kept])).to(encoder.device)
+    images, texts = found.features.to(encoder.device), texts[torch.from_numpy(kept)].to(encoder.device)
     ranks = {
-        "image_to_text": image_to_text_ranks(images, texts, owners).cpu().numpy(),
-        "text_to_image": text_to_image_ranks(images, texts, owners).cpu().numpy(),
+        "image_to_text": image_to_text_ranks(images, texts, owners, setting.share).numpy(),
+        "text_to_image": text_to_image_ranks(images, texts, owners, setting.share).numpy(),
     }
-    return RetrievalResult(card, data, ranks, time.perf_counter() - start)
+    times = source.times.of_all(setting.share)
+    return RetrievalResult(card, data, view, found.numbers, ranks, found.bad, time.perf_counter() - start, times)
 
 
 def text_to_image_ranks(
-    images: Float[Tensor, "images dim"], texts: Float[Tensor, "texts dim"], owners: Int64[Tensor, " texts"]
+    images: Float[Tensor, "images dim"],
+    texts: Float[Tensor, "texts dim"],
+    owners: Int64[Tensor, " texts"],
+    share: Share = ALONE,
 ) -> Int64[Tensor, " texts"]:
-    """For each caption, how many other images score at least as high as its own."""
-    parts = []
-    for rows, own in zip(texts.split(ROWS), owners.split(ROWS), strict=True):
-        scores = rows @ images.T
-        parts.append(_true(scores >= scores.gather(1, own[:, None])) - 1)
-    return torch.cat(parts)
+    """For each caption, how many other images score at least as high as its own. On the CPU."""
+
+    def ranks(rows: range) -> Tensor:
+        scores = texts[rows.start : rows.stop] @ images.T
+        own = owners[rows.start : rows.stop, None]
+        return _true(scores >= scores.gather(1, own)) - 1
+
+    return in_blocks(ranks, len(texts), ROWS, share)
 
 
 def image_to_text_ranks(
-    images: Float[Tensor, "images dim"], texts: Float[Tensor, "texts dim"], owners: Int64[Tensor, " texts"]
+    images: Float[Tensor, "images dim"],
+    texts: Float[Tensor, "texts dim"],
+    owners: Int64[Tensor, " texts"],
+    share: Share = ALONE,
 ) -> Int64[Tensor, " images"]:
-    """For each image, how many captions of others score at least as high as the best of its own."""
-    parts = []
-    for first in range(0, len(images), ROWS):
-        scores = images[first : first + ROWS] @ texts.T
-        own = ((owners >= first) & (owners < first + ROWS)).nonzero()[:, 0]  # the captions of these images
-        rows = owners[own] - first
+    """For each image, how many captions of others score at least as high as the best of its own. On the CPU."""
+
+    def ranks(numbers: range) -> Tensor:
+        scores = images[numbers.start : numbers.stop] @ texts.T
+        own = ((owners >= numbers.start) & (owners < numbers.stop)).nonzero()[:, 0]  # the captions of these images
+        rows = owners[own] - numbers.start
         best = scores.new_full((len(scores),), -torch.inf).scatter_reduce_(0, rows, scores[rows, own], "amax")
         scores[rows, own] = -torch.inf
-        parts.append(_true(scores >= best[:, None]))
-    return torch.cat(parts)
+        return _true(scores >= best[:, None])
+
+    return in_blocks(ranks, len(images), ROWS, share)
 
 
 def _true(mask: Bool[Tensor, "rows columns"]) -> Int64[Tensor, " rows"]:
@@ -220,6 +251,8 @@ def _true(mask: Bool[Tensor, "rows columns"]) -> Int64[Tensor, " rows"]:
 
 
 def save_retrieval(result: RetrievalResult, encoder: Encoder, folder: Path) -> Path:
-    """`<benchmark>.json` and, beside it, `.npz` with the ranks."""
+    """`<benchmark>.json`; beside it `.npz` with keys and ranks, and `.bad.jsonl` if any image could not be read."""
+    keys = result.data.keys
     arrays = {f"{way}_ranks": ranks for way, ranks in result.ranks.items()}
-    return write_result(folder, result.card.name, result.record(encoder), arrays)
+    arrays["keys"] = np.array([keys[number] for number in result.scored], dtype=np.str_)
+    return write_result(folder, result.card.name, result.record(encoder), arrays, ledger(keys, result.bad))

@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 from PIL import features as pillow
-from scipy.stats import binomtest
 
 from evaclip.evals.alarm import permutation_alarm
 from evaclip.evals.card import Card
@@ -22,6 +21,7 @@ from evaclip.evals.features import Times
 from evaclip.evals.layouts import LabelledImages
 from evaclip.evals.layouts.imagenet import validation_number
 from evaclip.evals.protocol import View
+from evaclip.report.results import ledger, wilson, write_result
 
 TIE_RULE = "a tie goes to the class that the card names first"
 # Fields of a record that say how fast this run was, and so differ between two runs of the same thing.
@@ -93,8 +93,7 @@ class ZeroShotResult:
         """95 % interval: Wilson's of a share, the normal one of a mean of shares."""
         hits = self.hits[f"top{metric}" if isinstance(metric, int) else metric]
         if hits.dtype == bool:
-            found = binomtest(int(hits.sum()), len(hits)).proportion_ci(0.95, method="wilson")
-            return float(found.low), float(found.high)
+            return wilson(int(hits.sum()), len(hits))
         half = 1.959964 * float(hits.std()) / np.sqrt(len(hits))
         return float(hits.mean() - half), float(hits.mean() + half)
 
@@ -123,7 +122,6 @@ class ZeroShotResult:
     def record(self, model: dict[str, Any]) -> dict[str, Any]:
         """Everything that is needed to trust the number, as JSON."""
         card, view, per_class = self.card, self.view, self.per_class()
-        rate = self.times.images / self.seconds if self.seconds else 0.0
         return {
             "dataset": card.name,
             "title": card.title,
@@ -139,11 +137,8 @@ class ZeroShotResult:
             "alarm": permutation_alarm(self.labels, self.predictions, card.classes),
             "notes": list(self.images.notes),
             "reference": [asdict(reference) for reference in card.reference],
-            "protocol": {
-                "name": view.protocol,
-                "preprocessing": view.described(),
-                "mean": view.preprocessing.mean,
-                "std": view.preprocessing.std,
+            "protocol": view.record()
+            | {
                 "classes": len(card.classes),
                 "logits": "float32",
                 "ties": TIE_RULE,
@@ -154,12 +149,7 @@ class ZeroShotResult:
             "versions": _versions(card.media == "video"),
             "date": time.strftime("%Y-%m-%d"),
             "seconds": round(self.seconds, 2),
-            "speed": {
-                "images_per_second": round(rate, 1),
-                "from_cache": self.times.cached,
-                "waiting_for_images": round(self.times.waiting, 2),
-                "in_the_tower": round(self.times.tower, 2),
-            },
+            "speed": self.times.speed(self.seconds),
         }
 
 
@@ -178,28 +168,17 @@ def real_hits(keys: list[str], predictions: np.ndarray) -> np.ndarray:
 
 def save_result(result: ZeroShotResult, record: dict[str, Any], folder: Path) -> Path:
     """`<benchmark>.json`; beside it `.npz` with keys, predictions, labels, ranks, thumbnails; `.bad.jsonl` if any."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{re.sub(r'[^A-Za-z0-9_.-]', '_', result.card.name)}.json"
-    beside = path.with_suffix(".new.npz")
-    np.savez_compressed(
-        beside,
-        keys=np.array([result.images.keys[number] for number in result.scored], dtype=np.str_),
-        predictions=result.predictions,
-        labels=result.labels,
-        ranks=result.ranks,
-        shown=result.shown,
-        thumbnails=result.thumbnails,
-        classes=np.array(result.card.classes),
-    )
-    beside.replace(path.with_suffix(".npz"))
-    ledger = path.with_suffix(".bad.jsonl")
-    lines = [json.dumps({"key": result.images.keys[n], "reason": why}) + "\n" for n, why in sorted(result.bad.items())]
-    if lines:
-        ledger.write_text("".join(lines))
-    else:
-        ledger.unlink(missing_ok=True)
-    write_json(path, record)
-    return path
+    arrays = {
+        "keys": np.array([result.images.keys[number] for number in result.scored], dtype=np.str_),
+        "predictions": result.predictions,
+        "labels": result.labels,
+        "ranks": result.ranks,
+        "shown": result.shown,
+        "thumbnails": result.thumbnails,
+        "classes": np.array(result.card.classes),
+    }
+    name = re.sub(r"[^A-Za-z0-9_.-]", "_", result.card.name)
+    return write_result(folder, name, record, arrays, ledger(result.images.keys, result.bad))
 
 
 def write_json(path: Path, record: Any) -> None:

@@ -18,19 +18,17 @@ from torch import Tensor
 from evaclip.distributed import gathered
 from evaclip.encoder import Encoder, encoder_of
 from evaclip.errors import InputError
+from evaclip.evals.blocks import ALONE, Share
 from evaclip.evals.card import Card, load_card
-from evaclip.evals.classifier import Cache, class_embeddings
-from evaclip.evals.encoded import finite
-from evaclip.evals.features import FeatureSource, refuse_too_many_bad
+from evaclip.evals.classifier import class_embeddings
+from evaclip.evals.features import BAD_SHARE, FeatureSource, Setting, none_readable, refuse_too_many_bad
 from evaclip.evals.layouts import LabelledImages, find_images
-from evaclip.evals.protocol import PROTOCOLS, Protocol, View, view_of
+from evaclip.evals.protocol import View, view_of
 from evaclip.evals.scores import ZeroShotResult, save_result
 from evaclip.models.clip import Clip
 
 # Images whose thumbnails are kept for the report, spread evenly over the data set.
 THUMBNAILS = 48
-# Share of files that may be damaged before a score is refused; of videos the card's coverage decides.
-BAD_SHARE = 0.001
 # A list of videos may be longer than the card's copy of it by this factor.
 MOST_VIDEOS = 1.1
 
@@ -49,20 +47,6 @@ class ZeroShotConfig:
     """Processes that decode; 0 decodes in the main process."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Setting:
-    """How benchmarks are run, whichever they are."""
-
-    protocol: Protocol = PROTOCOLS["eva"]
-    batch: int = 256
-    workers: int = 0
-    cache: Cache | None = None
-    share: tuple[int, int] = (0, 1)
-    """This process's number, and how many evaluate together."""
-    allow_partial: bool = False
-    """Whether many damaged files are borne."""
-
-
 class ZeroShot:
     """An evaluator beside the training: calling it with a model yields `(name, value)` and leaves files behind."""
 
@@ -74,7 +58,7 @@ class ZeroShot:
         check_count(self.card, self.images)
 
     def __call__(
-        self, model: Clip, device: torch.device, folder: Path, share: tuple[int, int] = (0, 1)
+        self, model: Clip, device: torch.device, folder: Path, share: Share = ALONE
     ) -> Iterator[tuple[str, float]]:
         """Score the model on its device; `folder` receives the JSON and the arrays for the report.
 
@@ -131,30 +115,29 @@ def zero_shot(
     view = view_of(setting.protocol, card, encoder.preprocessing)
     _check_frames(images, view)
     weights = class_embeddings(encoder, card, setting.cache, setting.share)
-    source = FeatureSource(
-        encoder=encoder, images=images, view=view, batch=setting.batch, workers=setting.workers,
-        cache=setting.cache, share=setting.share,
-    )  # fmt: skip
+    source = FeatureSource(encoder=encoder, images=images, view=view, setting=setting)
     own = _Ranked()
     for block in source.blocks(f"scoring {card.title}"):
         own.bad |= block.bad
         if len(block.numbers):
             labels = torch.from_numpy(images.labels[block.numbers]).to(encoder.device)
-            best, rank = ranked(finite(block.features, encoder).to(encoder.device) @ weights.T, labels)
+            best, rank = ranked(block.features.to(encoder.device) @ weights.T, labels)
             own.parts.append(np.stack([block.numbers, best.cpu().numpy(), rank.cpu().numpy()]))
     everyone = gathered(own) if setting.share[1] > 1 else [own]
     bad = {number: reason for part in everyone for number, reason in part.bad.items()}
     if not setting.allow_partial:
+        # Of videos the card's coverage decides how many may be missing.
         refuse_too_many_bad(bad, images, max(BAD_SHARE, 1 - card.coverage), card.title)
     parts = [array for part in everyone for array in part.parts]
     if not parts:
-        raise InputError(f"no file of {card.title} can be read, {images.keys[0]} for one ({bad[min(bad)]})")
+        raise none_readable(bad, images, card.title)
     table = np.concatenate(parts, 1)
     scored, predictions, ranks = table[:, table[0].argsort(kind="stable")]
     shown = np.unique(np.linspace(0, len(scored) - 1, THUMBNAILS).astype(np.int64))
     return ZeroShotResult(
         card, images, view, scored, predictions, ranks, bad, expected or card.count,
-        shown, _thumbnails(images, view, scored[shown]), time.perf_counter() - start, source.times,
+        shown, _thumbnails(images, view, scored[shown]), time.perf_counter() - start,
+        source.times.of_all(setting.share),
     )  # fmt: skip
 
 

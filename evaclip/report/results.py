@@ -5,7 +5,7 @@ Every evaluator writes its result so, whatever it measures; comparisons and repo
 
 import json
 import secrets
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -70,11 +70,25 @@ def read_result(path: Path) -> Result:
     return Result(path, record, arrays)
 
 
-def write_result(folder: Path, name: str, record: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> Path:
-    """`<name>.json` and `<name>.npz`, each whole or not there; the JSON comes last. Returns its path."""
+def write_result(
+    folder: Path,
+    name: str,
+    record: Mapping[str, Any],
+    arrays: Mapping[str, np.ndarray],
+    ledger: Sequence[Mapping[str, str]] = (),
+) -> Path:
+    """`<name>.json` and `<name>.npz`, each whole or not there; the JSON comes last. Returns its path.
+
+    `ledger`: the files that could not be read, to `<name>.bad.jsonl`; none leave none.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.json"
     ending = f"tmp-{secrets.token_hex(4)}"
+    told = path.with_suffix(".bad.jsonl")
+    if ledger:
+        told.write_text("".join(json.dumps(line) + "\n" for line in ledger))
+    else:
+        told.unlink(missing_ok=True)
     for target, write in (
         (path.with_suffix(".npz"), lambda file: np.savez_compressed(file, **arrays)),  # type: ignore[arg-type]
         (path, lambda file: file.write((json.dumps(record, indent=1) + "\n").encode())),
@@ -84,6 +98,11 @@ def write_result(folder: Path, name: str, record: Mapping[str, Any], arrays: Map
             write(file)
         temporary.replace(target)
     return path
+
+
+def ledger(keys: Sequence[str], bad: Mapping[int, str]) -> list[dict[str, str]]:
+    """The files that could not be read, with the reasons."""
+    return [{"key": keys[number], "reason": reason} for number, reason in sorted(bad.items())]
 
 
 def wilson(hits: int, trials: int) -> tuple[float, float]:

@@ -97,7 +97,7 @@ def write_run_report(run_dir: Path) -> Path:
         .from_string(PAGE)
         .render(
             name=config["name"],
-            summary=_summary(records, config),
+            summary=_summary(records, config) + _best(run_dir),
             events=[record for record in records if "event" in record],
             scores=scores,
             plots=plots,
@@ -157,6 +157,15 @@ def _summary(records: list[dict[str, Any]], config: dict[str, Any]) -> str:
         f"{config['model']['name']}, step {steps[-1]['step']:,} of {config['steps']:,}, "
         f"batch {config['batch_size']:,}, loss {steps[-1]['loss']:.4f}"
     )
+
+
+def _best(run_dir: Path) -> str:
+    """The checkpoint that has the mark `best`, if one has it."""
+    try:
+        mark = json.loads((run_dir / "checkpoints" / "best.json").read_text())
+        return f"; best checkpoint: step {mark['step']:,}, {mark['name']} {100 * mark['value']:.2f}"
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
 
 
 def _inline(data: bytes) -> str:

@@ -9,6 +9,7 @@ import pytest
 from statsmodels.stats.proportion import proportion_confint
 
 from evaclip.cli import main
+from evaclip.errors import InputError
 from evaclip.evals.comparison import class_changes, compare, mcnemar_p
 from evaclip.report.results import read_result, wilson, write_result
 
@@ -73,6 +74,9 @@ def test_recalls_are_compared_caption_by_caption(tmp_path):
     assert len(pairs) == 6 and pairs["text_to_image/recall@5"].images == 200
     assert pairs["text_to_image/recall@5"].hits[0] == (a.arrays["text_to_image_ranks"] < 5).sum()
     assert class_changes(a, b) == []
+    fewer = {name: rows[:-1] for name, rows in b.arrays.items()}
+    with pytest.raises(InputError, match="do not count the same files"):
+        compare(a, read_result(write_result(tmp_path, "fewer", b.record, fewer)))
 
 
 def test_intervals_are_wilsons():

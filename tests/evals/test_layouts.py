@@ -16,9 +16,10 @@ from scipy.io import savemat
 
 from evaclip.errors import InputError
 from evaclip.evals.card import load_card
+from evaclip.evals.features import Setting
 from evaclip.evals.layouts import LabelledImages, find_images
 from evaclip.evals.names import canonical, join_list
-from evaclip.evals.zero_shot import Setting, check_count, zero_shot
+from evaclip.evals.zero_shot import check_count, zero_shot
 from tests.evals.oracle import encoded_picture, oracle, seen, write_picture
 
 IMAGENET = load_card("imagenet")

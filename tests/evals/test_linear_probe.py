@@ -116,7 +116,7 @@ def made(tmp_path) -> list[str]:
 
 def test_the_command_fits_prints_and_writes(tmp_path, made, capfd):
     assert main(made) == 0
-    assert "Colours, linear probe: EVA02-tiny-digits, 60 training images, 15 test" in capfd.readouterr().out
+    assert "Colours, linear probe: EVA02-tiny-digits, step 7, 60 training images, 15 test" in capfd.readouterr().out
     path = tmp_path / "run" / "scores" / "colours_probe.json"
     record = json.loads(path.read_text())
     assert record["metrics"] == {"linear/top1": 1.0, "neighbours/top1": 1.0}
@@ -146,7 +146,11 @@ def test_bad_input_is_one_sentence(tmp_path, made, capfd):
     assert "held_out must lie between 0 and 1" in refused("--held-out", "1")
     victim: Path = sorted(tmp_path.glob("data/train/*/*.png"))[3]
     victim.write_bytes(b"junk")
-    assert f"{victim.name} cannot be read" in refused()
+    assert f"1 of 60 files of Colours cannot be read, {victim.parent.name}/{victim.name} for one" in refused()
+    assert main([*made, "--allow-partial"]) == 0
+    assert "59 training images, 15 test" in (said := capfd.readouterr().out) and "1 files could not be read" in said
+    (line,) = (tmp_path / "run" / "scores" / "colours_probe.bad.jsonl").read_text().splitlines()
+    assert json.loads(line)["part"] == "train" and json.loads(line)["key"].endswith(victim.name)
     victim.unlink()
     test = tmp_path / "data" / "test" / "red" / "00.png"
     test.unlink()

@@ -20,7 +20,9 @@ from evaclip.cli import main
 from evaclip.config import EvalConfig
 from evaclip.encoder import Encoder, Preprocessing, load_encoder
 from evaclip.errors import InputError
+from evaclip.evals.blocks import cache_of
 from evaclip.evals.captioned import READERS, find_captioned
+from evaclip.evals.features import Setting
 from evaclip.evals.retrieval import (
     Retrieval,
     RetrievalConfig,
@@ -29,6 +31,7 @@ from evaclip.evals.retrieval import (
     retrieval,
     retrieval_cards,
     retrieval_data,
+    save_retrieval,
     text_to_image_ranks,
 )
 from evaclip.models.clip import Clip
@@ -198,7 +201,7 @@ def oracle() -> Encoder:
     assert all(number == n for n, found in enumerate(digits) for number in found)
     return Encoder(
         name="oracle", model=Oracle(), preprocessing=plain, device=torch.device("cpu"),
-        tokenizer=lambda captions: torch.tensor([[int("".join(filter(str.isdigit, c)))] for c in captions]),
+        tokenizer=lambda captions: torch.tensor([[int("0" + "".join(filter(str.isdigit, c)))] for c in captions]),
     )  # fmt: skip
 
 
@@ -229,7 +232,7 @@ def test_an_oracle_finds_everything_in_every_layout_and_nothing_in_a_permuted_on
     order = [int(np.asarray(data.open(number))[0, 0, 0]) // 20 for number in range(COUNT)]
     assert sorted(order) == list(range(COUNT))
     assert all(sorted(told[place]) == sorted(captions_of(number)) for place, number in enumerate(order))
-    assert set(retrieval(oracle, card, data, batch=5).metrics().values()) == {1.0}
+    assert set(retrieval(oracle, card, data, Setting(batch=5)).metrics().values()) == {1.0}
     oracle.model.shift = 1
     assert retrieval(oracle, card, data).metrics()["image_to_text/recall@10"] == 0
     assert READERS[reader]("coco", tmp_path / "data").fingerprint == data.fingerprint
@@ -299,6 +302,9 @@ def test_beside_the_training_it_yields_names_and_values(tmp_path, run):
     assert json.loads((tmp_path / "out" / "coco.json").read_text())["metrics"]["mean_recall"] == pytest.approx(
         pairs["retrieval/coco/mean_recall"]
     )
+    (tmp_path / "data").rename(tmp_path / "COCO")
+    with pytest.raises(InputError, match="COCO captions has 5,000 test images with 25,010 captions, 12 with 63"):
+        EvalConfig(datasets=("coco",), data_root=tmp_path).build()
 
 
 def test_what_is_not_whole_or_not_there_is_one_sentence(tmp_path, run, capfd):
@@ -311,12 +317,70 @@ def test_what_is_not_whole_or_not_there_is_one_sentence(tmp_path, run, capfd):
     karpathy(tmp_path / "data")
     assert "has 5,000 test images with 25,010 captions, 12 with 63 were found in layout karpathy_json" in refused()
     (tmp_path / "data" / "images" / NAMES[3]).write_bytes(b"junk")
-    assert f"the image {NAMES[3]} cannot be read" in refused("--allow-partial")
+    words = ["retrieval", "--dataset", "coco", "--data", str(tmp_path / "data"), "--model", str(run), "--workers", "0"]
+    assert main([*words, "--allow-partial"]) == 0
+    said = capfd.readouterr().out
+    assert "(partial data)" in said and "1 files could not be read; they are listed in" in said
+    assert "--batch must be at least 1" in refused("--batch", "0")
     (tmp_path / "data" / "images" / NAMES[3]).unlink()
     assert "11 with" in refused()
-    assert main(["retrieval", "--dataset", "coco", "--data", str(tmp_path / "data"), "--model", str(run), "--workers",
-                 "0", "--allow-partial"]) == 0  # fmt: skip
-    assert "(partial data)" in capfd.readouterr().out
+    assert main([*words, "--allow-partial"]) == 0
+    assert "could not be read" not in capfd.readouterr().out
+
+
+def test_a_damaged_image_goes_to_the_ledger_with_its_captions_and_too_many_are_no_score(tmp_path, oracle):
+    karpathy(tmp_path / "data")
+    (tmp_path / "few.toml").write_text(CARD)
+    card = load_retrieval_card(str(tmp_path / "few.toml"))
+    victim = tmp_path / "data" / "images" / NAMES[5]  # with six captions
+    victim.write_bytes(b"junk")
+    data = retrieval_data(card, tmp_path / "data")
+    with pytest.raises(InputError, match=rf"1 of 12 files of Few cannot be read, {NAMES[5]} for one"):
+        retrieval(oracle, card, data)
+    result = retrieval(oracle, card, data, Setting(allow_partial=True))
+    assert set(result.metrics().values()) == {1.0} and list(result.bad) == [5]
+    record = json.loads(save_retrieval(result, oracle, tmp_path / "out").read_text())
+    assert (record["images"], record["captions"], record["partial"]) == (11, 57, True)
+    assert record["coverage"] == {"scored": 11, "bad": 1, "listed": 12}
+    (line,) = (tmp_path / "out" / "coco.bad.jsonl").read_text().splitlines()
+    assert json.loads(line)["key"] == NAMES[5]
+    for name in NAMES:
+        (tmp_path / "data" / "images" / name).write_bytes(b"junk")
+    with pytest.raises(InputError, match="no file of Few can be read"):
+        retrieval(oracle, card, retrieval_data(card, tmp_path / "data"), Setting(allow_partial=True))
+    for number, name in enumerate(NAMES):
+        (tmp_path / "data" / "images" / name).write_bytes(picture(number))
+    save_retrieval(retrieval(oracle, card, retrieval_data(card, tmp_path / "data")), oracle, tmp_path / "out")
+    assert not (tmp_path / "out" / "coco.bad.jsonl").exists()
+
+
+def test_a_second_evaluation_encodes_nothing_and_other_captions_are_encoded_anew(tmp_path, oracle):
+    karpathy(tmp_path / "data")
+    (tmp_path / "few.toml").write_text(CARD)
+    card = load_retrieval_card(str(tmp_path / "few.toml"))
+    calls = {"encode_image": 0, "encode_text": 0}
+
+    def counted(tower: str, usual: Callable) -> Callable:
+        def call(rows):
+            calls[tower] += 1
+            return usual(rows)
+
+        return call
+
+    for tower in calls:
+        setattr(oracle.model, tower, counted(tower, getattr(oracle.model, tower)))
+    setting = Setting(batch=5, cache=cache_of(oracle, tmp_path / "cache"))
+    plain = retrieval(oracle, card, retrieval_data(card, tmp_path / "data"), Setting(batch=5))
+    assert calls == {"encode_image": 3, "encode_text": 13}
+    for _ in range(2):
+        result = retrieval(oracle, card, retrieval_data(card, tmp_path / "data"), setting)
+        assert calls == {"encode_image": 6, "encode_text": 26}
+        assert all(np.array_equal(result.ranks[way], plain.ranks[way]) for way in plain.ranks)
+    assert result.times.cached == 12 and result.times.images == 0
+    path = tmp_path / "data" / "dataset_coco.json"
+    path.write_text(path.read_text().replace("it is 7", "it was 7"))
+    retrieval(oracle, card, retrieval_data(card, tmp_path / "data"), setting)
+    assert calls == {"encode_image": 9, "encode_text": 39}
 
 
 @pytest.mark.parametrize(
@@ -342,7 +406,7 @@ def test_a_damaged_or_hostile_list_is_one_sentence(tmp_path, name, text, sentenc
 
 def test_an_image_of_too_many_pixels_is_not_decoded(tmp_path, monkeypatch):
     karpathy(tmp_path)
-    monkeypatch.setattr("evaclip.evals.captioned.MOST_PIXELS", 400)
+    monkeypatch.setattr("evaclip.evals.layouts.tree.MAX_PIXELS", 400)
     with pytest.raises(ValueError, match="20 x 24 is more than 400 pixels"):
         find_captioned("coco", tmp_path).open(0)
     assert isinstance(Image.open(tmp_path / "images" / NAMES[0]), Image.Image)

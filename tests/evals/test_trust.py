@@ -12,13 +12,15 @@ from PIL import Image
 from evaclip.cli import main
 from evaclip.errors import InputError
 from evaclip.evals.alarm import permutation_alarm
+from evaclip.evals.blocks import cache_of
 from evaclip.evals.card import Card, load_card
-from evaclip.evals.classifier import cache_of, class_embeddings
+from evaclip.evals.classifier import class_embeddings
+from evaclip.evals.features import Setting
 from evaclip.evals.layouts import LabelledImages, find_images
 from evaclip.evals.protocol import PROTOCOLS
 from evaclip.evals.scores import OF_THE_RUN, real_hits
 from evaclip.evals.suite import ROBUSTNESS, TWELVE, chosen, summary, verified
-from evaclip.evals.zero_shot import Setting, zero_shot
+from evaclip.evals.zero_shot import zero_shot
 from tests.evals.oracle import colour, oracle, picture, write_picture
 
 OBJECTNET, A, CIFAR = (load_card(n) for n in ("objectnet", "imagenet_a", "cifar10"))
@@ -262,7 +264,7 @@ def test_the_classifier_is_shared_over_the_imagenet_family(tmp_path):
 @pytest.fixture
 def cifar(tmp_path, monkeypatch) -> Path:
     """CIFAR-10 in class folders, three pictures of each class; the command line's model is the oracle."""
-    monkeypatch.setattr("evaclip.evaluate.load_encoder", lambda source, device="cpu": oracle(CIFAR))
+    monkeypatch.setattr("evaclip.evals.command.load_encoder", lambda source, device="cpu": oracle(CIFAR))
     for number, name in enumerate(CIFAR.classes):
         for place in range(3):
             write_picture(tmp_path / "data" / "cifar-10" / "test" / name / f"{place}.png", number)
@@ -389,7 +391,7 @@ def test_a_card_of_ten_lines_scores_pictures_of_ones_own(tmp_path, monkeypatch, 
     )
     card = load_card(str(tmp_path / "my_card.toml"))
     assert card.classes == ("cat", "small dog") and len(card.templates) == 80
-    monkeypatch.setattr("evaclip.evaluate.load_encoder", lambda source, device="cpu": oracle(card))
+    monkeypatch.setattr("evaclip.evals.command.load_encoder", lambda source, device="cpu": oracle(card))
     for number, folder in enumerate(("N1", "n2")):
         write_picture(tmp_path / "pictures" / folder / "a.png", number)
     words = ["zeroshot", "--dataset", str(tmp_path / "my_card.toml"), "--data", str(tmp_path / "pictures")]

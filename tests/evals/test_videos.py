@@ -9,11 +9,12 @@ import pytest
 from evaclip.cli import main
 from evaclip.errors import InputError
 from evaclip.evals.card import load_card
+from evaclip.evals.features import Setting
 from evaclip.evals.layouts import find_images
 from evaclip.evals.layouts.tree import Tree
 from evaclip.evals.layouts.video import BadVideoError, places, sampled_frames
 from evaclip.evals.protocol import PROTOCOLS
-from evaclip.evals.zero_shot import Setting, check_count, zero_shot
+from evaclip.evals.zero_shot import check_count, zero_shot
 from tests.evals.oracle import oracle, seen, write_picture, write_video
 from tests.evals.test_layouts import check
 

@@ -19,8 +19,9 @@ from evaclip.encoder import encoder_of
 from evaclip.errors import InputError
 from evaclip.evals.card import load_card
 from evaclip.evals.classifier import class_embeddings
+from evaclip.evals.features import Setting
 from evaclip.evals.layouts import find_images
-from evaclip.evals.zero_shot import Setting, check_count, ranked, zero_shot
+from evaclip.evals.zero_shot import check_count, ranked, zero_shot
 from evaclip.models.clip import Clip
 from evaclip.train import train
 from tests.evals.test_card_and_layouts import write_folders
@@ -125,16 +126,14 @@ def test_models_that_are_no_run_are_one_sentence(trained, tmp_path, capfd):
 
 def test_evaluation_beside_the_training_lands_in_log_and_report(tmp_path, shards):
     from evaclip.config import EvalConfig
-    from evaclip.evals.zero_shot import ZeroShotConfig
     from evaclip.log import read_log
 
     card = tmp_path / "few.toml"
     shipped = (Path(__file__).parents[2] / "zero_shot" / "cifar10.toml").read_text()
     card.write_text(shipped.replace("count = 10000", "count = 23").replace("per_class = 1000", ""))
-    write_folders(tmp_path / "cifar")
+    write_folders(tmp_path / "CIFAR-10")  # found below --evals.data-root by its name
     config = tiny_run(tmp_path / "run", shards(), steps=6)
-    benchmark = ZeroShotConfig(card=str(card), data=tmp_path / "cifar")
-    train(replace(config, evals=EvalConfig(every=4, zero_shot=(benchmark,))))
+    train(replace(config, evals=EvalConfig(every=4, datasets=(str(card),), data_root=tmp_path)))
     scored = [r["step"] for r in read_log(tmp_path / "run") if "zero_shot/cifar10/top1" in r]
     assert scored == [4, 6]
     page = (tmp_path / "run" / "report.html").read_text()
