@@ -28,6 +28,8 @@ from evaclip.log import progress
 
 Pictures = LabelledImages | CaptionedImages
 Decoded = tuple[int, Tensor | None, str]
+# Images that a worker decodes at a time.
+PIECE = 16
 # Share of files that may be damaged before a score is refused.
 BAD_SHARE = 0.001
 # Captions that show which tokenizer it is.
@@ -111,21 +113,35 @@ class FeatureSource:
         return found
 
     def _computed(self, missing: list[range], what: str) -> Iterator[Block]:
-        loader = DataLoader(
-            _Pixels(self.images, self.view),
-            batch_sampler=[list(numbers) for numbers in missing],
-            num_workers=self.setting.workers,
-            multiprocessing_context="fork" if self.setting.workers else None,
-            collate_fn=list,
-        )
         started = time.perf_counter()
-        for decoded in progress(loader, len(missing), what):
+        for decoded in progress(self._decoded(missing), len(missing), what):
             ready = time.perf_counter()
             self.times.waiting += ready - started
             yield self._encoded(decoded)
             started = time.perf_counter()
             self.times.tower += started - ready
             self.times.images += len(decoded)
+
+    def _decoded(self, missing: list[range]) -> Iterator[list[Decoded]]:
+        """Blocks of images; they are decoded in smaller pieces, so that all workers share a block."""
+        workers = self.setting.workers
+        pieces = [list(block[at : at + PIECE]) for block in missing for at in range(0, len(block), PIECE)]
+        loader = DataLoader(
+            _Pixels(self.images, self.view),
+            batch_sampler=pieces,
+            num_workers=workers,
+            prefetch_factor=2 * -(-self.setting.batch // PIECE) if workers else None,  # two blocks for each worker
+            multiprocessing_context="fork" if workers else None,
+            collate_fn=list,
+        )
+        found: list[Decoded] = []
+        sizes = iter([len(block) for block in missing])
+        size = next(sizes)
+        for piece in loader:
+            found += piece
+            if len(found) == size:
+                yield found
+                found, size = [], next(sizes, 0)
 
     def _encoded(self, decoded: Sequence[Decoded]) -> Block:
         good = [(number, pixels) for number, pixels, _ in decoded if pixels is not None]
