@@ -28,7 +28,7 @@ def test_recipes_are_listed_explained_and_survive_json(name, capfd):
     assert main(["recipes"]) == 0
     assert name in capfd.readouterr().out
     assert main(["recipes", name]) == 0
-    assert "mask_ratio" in capfd.readouterr().out
+    assert "drop_path" in capfd.readouterr().out
     config = RECIPES[name]()
     assert config.name == name and (RECIPES[name].__doc__ or "").strip()
     assert structured(unstructured(config), type(config), "test") == config

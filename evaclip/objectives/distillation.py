@@ -30,8 +30,6 @@ class DistillationConfig:
 
     captioned: ClassVar[bool] = False
     """Whether captions are read."""
-    captioned: ClassVar[bool] = False
-    """Whether captions are read."""
     kind: Literal["distillation"] = "distillation"
     """The objective's name."""
     teacher: str

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from timm.models.beit import Beit
 
 from evaclip.errors import InputError
+from evaclip.export.weights import refuse_beyond_timm
 from evaclip.models.clip import Clip
 from evaclip.models.shapes import ClipShape, TextShape, VisionShape
 from evaclip.models.vision import VisionTower
@@ -122,3 +123,10 @@ def test_a_clip_model_may_have_such_a_tower(tmp_path):
 def test_layer_scale_with_post_norm_is_one_sentence():
     with pytest.raises(InputError, match="layer scale and post-norm exclude each other"):
         replace(SHAPE, post_norm=True)
+
+
+def test_timm_and_open_clip_are_not_given_what_their_eva_cannot_express():
+    shape = ClipShape(name="biased", dim=24, vision=SHAPE, text=TextShape(width=32, depth=1, heads=2))
+    with pytest.raises(InputError, match="a shared relative position bias, which timm's Eva has not"):
+        refuse_beyond_timm(shape, "timm")
+    refuse_beyond_timm(replace(shape, vision=replace(SHAPE, relative_position=False)), "timm")
