@@ -5,7 +5,7 @@ takes seconds (it loads torchvision and every model family), so only code that b
 """
 
 from open_clip.factory import create_model, get_tokenizer
-from open_clip.pretrained import list_pretrained_tags_by_model
+from open_clip.pretrained import get_pretrained_cfg, list_pretrained_tags_by_model
 from open_clip.tokenizer import SimpleTokenizer, default_bpe
 from open_clip.transformer import LayerNorm, QuickGELU, TextTransformer, VisionTransformer
 from open_clip.zero_shot_metadata import IMAGENET_CLASSNAMES, OPENAI_IMAGENET_TEMPLATES
@@ -20,6 +20,7 @@ __all__ = [
     "VisionTransformer",
     "create_model",
     "default_bpe",
+    "get_pretrained_cfg",
     "get_tokenizer",
     "list_pretrained_tags_by_model",
 ]

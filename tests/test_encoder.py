@@ -16,6 +16,7 @@ from evaclip.config import load_config
 from evaclip.encoder import load_encoder
 from evaclip.errors import CheckpointError, InputError
 from evaclip.models.clip import Clip
+from evaclip.openclip import QuickGELU
 from evaclip.recipes.small import eva02_tiny_digits
 from evaclip.records import unstructured
 
@@ -106,3 +107,18 @@ def test_a_space_is_weights_preprocessing_and_tokenizer(open_clip_folder):
         again.model.visual.proj[0, 0] += 1e-6
     assert replace(again).space_id != encoder.space_id
     assert load_encoder("ViT-S-32-alt:random").space_id != encoder.space_id
+
+
+@pytest.mark.parametrize(("tag", "activation"), [("openai", QuickGELU), ("laion2b_s34b_b79k", torch.nn.GELU)])
+def test_a_tag_of_open_clips_has_the_activation_that_it_was_trained_with(monkeypatch, tag, activation):
+    """Of ViT-B-32 both kinds are published under one name, and open_clip only warns of the wrong one."""
+
+    def without_weights(name, *, pretrained, **settings):
+        assert pretrained == tag
+        return open_clip.create_model(name, **settings, vision_cfg=VISION, text_cfg=TEXT)
+
+    monkeypatch.setattr("evaclip.encoder.sources.create_model", without_weights)
+    model = load_encoder(f"ViT-B-32:{tag}").model
+    for tower in (model.visual, model.transformer):
+        kinds = {type(m) for m in tower.modules() if isinstance(m, QuickGELU | torch.nn.GELU)}
+        assert kinds == {activation}

@@ -18,7 +18,7 @@ from evaclip.models.clip import Clip
 from evaclip.models.shapes import SHAPES, ClipShape
 from evaclip.models.weights import Weights, as_layout, load_whole, read_weights
 from evaclip.models.weights.plain import plain_clip, published_shape
-from evaclip.openclip import create_model, get_tokenizer, list_pretrained_tags_by_model
+from evaclip.openclip import create_model, get_pretrained_cfg, get_tokenizer, list_pretrained_tags_by_model
 from evaclip.records import structured
 
 
@@ -198,7 +198,9 @@ def _only_tag(name: str) -> str:
 def _from_open_clip(name: str, tag: str | None, device: torch.device) -> Encoder:
     weights = None if tag == "random" else tag
     try:
-        model = create_model(name, pretrained=weights, device=device, **_own_trunk(name))
+        # open_clip builds ViT-B-32:openai with GELU and warns; the weights were trained with QuickGELU.
+        quick = bool(weights and get_pretrained_cfg(name, weights).get("quick_gelu", False))
+        model = create_model(name, pretrained=weights, device=device, force_quick_gelu=quick, **_own_trunk(name))
         tokenizer = get_tokenizer(name)
     except Exception as error:  # open_clip and the hub raise a dozen kinds for a file that is not there
         raise InputError(

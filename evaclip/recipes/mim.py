@@ -15,7 +15,7 @@ from evaclip.objectives.mim import MimConfig
 from evaclip.optim import OptimConfig, TowerRates
 
 IMAGENET_21K, MERGED_30M = 14.2e6, 29.6e6
-CLIP_L = "ViT-L-14:openai"
+CLIP_L = "ViT-L-14-quickgelu:openai"
 EVA01_G = "EVA01-g-14:laion400m_s11b_b41k"
 
 
