@@ -60,7 +60,7 @@ class Preprocessing:
         """float32, on the pixels' device."""
         mean = torch.tensor(self.mean, device=pixels.device)[:, None, None]
         std = torch.tensor(self.std, device=pixels.device)[:, None, None]
-        return (pixels.to(torch.float32) / 255 - mean) / std
+        return pixels.to(torch.float32).div_(255).sub_(mean).div_(std)  # in place: fresh memory costs time
 
 
 @dataclass(frozen=True, kw_only=True)
