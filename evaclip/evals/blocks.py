@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from evaclip.distributed import gathered, rows_of_all
-from evaclip.encoder import Encoder, weights_hash
+from evaclip.encoder import Encoder
 
 # This process's number, and how many share the work.
 Share = tuple[int, int]
@@ -28,15 +28,15 @@ ALONE: Share = (0, 1)
 
 @dataclass(frozen=True)
 class Cache:
-    """A folder of features of a model, which is known by the hash of its weights."""
+    """A folder of features of a model, which is known by its `Encoder.towers_id`."""
 
     folder: Path
-    weights: str
+    towers: str
 
 
 def cache_of(encoder: Encoder, folder: Path) -> Cache:
     """The cache in a folder for a model; reads all weights once."""
-    return Cache(folder, weights_hash(encoder.model.state_dict()))
+    return Cache(folder, encoder.towers_id)
 
 
 @dataclass(frozen=True)

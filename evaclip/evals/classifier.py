@@ -61,7 +61,7 @@ def prompts_hash(card: Card) -> str:
 
 def _identity(encoder: Encoder, cache: Cache) -> str:
     """Hash of what the text features depend on besides the prompts."""
-    return hashlib.sha256(f"{cache.weights} {tokenizer_ids(encoder)}".encode()).hexdigest()
+    return hashlib.sha256(f"{cache.towers} {tokenizer_ids(encoder)}".encode()).hexdigest()
 
 
 def _stored(path: Path | None) -> dict[str, Tensor]:

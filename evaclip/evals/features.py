@@ -214,7 +214,7 @@ def _folder(cache: Cache | None, kind: str, *said: object) -> Path | None:
     """Where blocks lie that depend on the weights and on what is said besides."""
     if cache is None:
         return None
-    return cache.folder / f"{kind}-{hashlib.sha256(repr((cache.weights, *said)).encode()).hexdigest()[:16]}"
+    return cache.folder / f"{kind}-{hashlib.sha256(repr((cache.towers, *said)).encode()).hexdigest()[:16]}"
 
 
 class _Pixels(Dataset[Decoded]):
