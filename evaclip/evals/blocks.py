@@ -7,6 +7,7 @@ in a file of its own, from which an interrupted evaluation goes on and a later o
 
 import hashlib
 import json
+import secrets
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -114,7 +115,9 @@ def _save(folder: Path, block: Block) -> None:
     first = int(min([*block.numbers.tolist(), *block.bad]))
     folder.mkdir(parents=True, exist_ok=True)
     about = {"bad": json.dumps(block.bad), "sha256": _hash(block.features)}
-    beside = _path(folder, first).with_suffix(".new")
+    beside = _path(folder, first).with_suffix(
+        f".new-{secrets.token_hex(4)}"
+    )  # another command may write the same block
     save_file({"numbers": torch.from_numpy(block.numbers), "features": block.features.contiguous()}, beside, about)
     beside.replace(_path(folder, first))
 
