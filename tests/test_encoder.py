@@ -15,6 +15,7 @@ from evaclip import checkpoint
 from evaclip.config import load_config
 from evaclip.encoder import load_encoder
 from evaclip.errors import CheckpointError, InputError
+from evaclip.evals.blocks import cache_of
 from evaclip.models.clip import Clip
 from evaclip.openclip import QuickGELU
 from evaclip.recipes.small import eva02_tiny_digits
@@ -107,6 +108,19 @@ def test_a_space_is_weights_preprocessing_and_tokenizer(open_clip_folder):
         again.model.visual.proj[0, 0] += 1e-6
     assert replace(again).space_id != encoder.space_id
     assert load_encoder("ViT-S-32-alt:random").space_id != encoder.space_id
+
+
+def test_a_space_and_a_cache_know_the_kind_of_gelu(tmp_path):
+    """The same file is a model under either name, and one of the two is wrong."""
+    found = []
+    for quick in (True, False):
+        model = open_clip.model.CLIP(24, open_clip.CLIPVisionCfg(**VISION), open_clip.CLIPTextCfg(**TEXT), quick)
+        if found:
+            model.load_state_dict(found[0].model.state_dict())
+        found.append(replace(load_encoder("ViT-S-32-alt:random"), model=model.eval()))
+    assert not torch.allclose(found[0].texts(CAPTIONS), found[1].texts(CAPTIONS), atol=1e-6)
+    assert found[0].space_id != found[1].space_id
+    assert cache_of(found[0], tmp_path) != cache_of(found[1], tmp_path)
 
 
 @pytest.mark.parametrize(("tag", "activation"), [("openai", QuickGELU), ("laion2b_s34b_b79k", torch.nn.GELU)])

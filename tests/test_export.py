@@ -20,8 +20,9 @@ import evaclip
 from evaclip import checkpoint
 from evaclip.cli import main
 from evaclip.data.tokenizer import clip_tokenizer
-from evaclip.encoder import encoder_of, load_encoder
+from evaclip.encoder import encoder_of, load_encoder, load_image_tower
 from evaclip.errors import InputError
+from evaclip.evals.blocks import cache_of
 from evaclip.export.int8 import quantized
 from evaclip.export.parity import PROMPTS, compare, golden_images
 from evaclip.export.tokenizer_file import write_tokenizer
@@ -233,6 +234,20 @@ def test_onnx_runs_any_batch_and_any_length(tiny_run, tmp_path, precision, toler
     assert not any(b"site-packages" in path.read_bytes() for path in folder.glob("*.onnx")), "paths of this machine"
     weights = (tiny_run / "checkpoints" / "step_00000007" / "model.safetensors").stat().st_size
     assert sum(path.stat().st_size for path in folder.glob("*.onnx")) < share * weights + 100_000
+
+
+def test_programs_of_two_models_share_no_cache_and_no_feature_map(run, tiny_shape, tmp_path):
+    models = [lively(tiny_shape), lively(tiny_shape)]
+    with torch.no_grad():
+        models[1].visual.trunk.head.weight.mul_(-1)
+    found = [
+        load_encoder(export(run(model, f"run{number}"), tmp_path / f"onnx{number}", "onnx"))
+        for number, model in enumerate(models)
+    ]
+    assert cache_of(found[0], tmp_path) != cache_of(found[1], tmp_path)
+    assert cache_of(found[0], tmp_path) == cache_of(load_encoder(tmp_path / "onnx0"), tmp_path)
+    with pytest.raises(InputError, match="onnx0 is a program"):
+        load_image_tower(str(tmp_path / "onnx0"))
 
 
 def test_the_tokenizer_beside_a_program_gives_the_ids_of_ours(tmp_path):

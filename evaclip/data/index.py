@@ -29,6 +29,8 @@ FOLDER = ".evaclip"
 IMAGE_SUFFIXES = frozenset({"jpg", "jpeg", "png", "webp"})
 CAPTION_SUFFIX = "txt"
 NOTHING = (0, -1, 0, -1)
+# Seconds before each new attempt to read a file.
+RETRY_AFTER = (0.1, 1.0, 5.0)
 
 
 @dataclass(frozen=True)

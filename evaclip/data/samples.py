@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from evaclip import keyed
-from evaclip.data.folder import SUFFIX, OpenFolder
-from evaclip.data.index import ShardIndex, load_index
+from evaclip.data.folder import SUFFIX, OpenFolder, open_folder
+from evaclip.data.index import RETRY_AFTER, ShardIndex, load_index
 from evaclip.data.shards import ShardSet
 from evaclip.data.tokenizer import clip_tokenizer
 from evaclip.data.transforms import BadImageError, training_pixels
@@ -28,8 +28,6 @@ from evaclip.errors import DamagedDataError, InputError
 MAX_CAPTION_BYTES = 64 * 1024
 # Samples of a shard that are tried in the place of a damaged one.
 REPLACEMENTS = 32
-# Seconds before each new attempt to read a file.
-RETRY_AFTER = (0.1, 1.0, 5.0)
 
 
 @dataclass
@@ -119,8 +117,10 @@ class Chunks(Dataset["Chunk | InputError"]):
             head = self.heads[source][shard]
             path = Path(head.path)
             with self.cache.held(path, head):
-                index = load_index(path, self.config.index_folder)
-                opened = OpenFolder(path, index) if path.suffix == SUFFIX else OpenShard(path, index)
+                if path.suffix == SUFFIX:
+                    opened = open_folder(head, self.config.index_folder)
+                else:
+                    opened = OpenShard(path, load_index(path, self.config.index_folder))
             for other in [key for key, shard in self.open_shards.items() if shard.removed]:
                 self.open_shards.pop(
                     other

@@ -4,7 +4,7 @@ Everything that uses a model without training it (benchmarks, teachers, export, 
 so each of them works with a run of ours, an exported folder, and any model of open_clip.
 """
 
-from evaclip.encoder.dual import Encoder, Preprocessing, encoder_of, weights_hash
+from evaclip.encoder.dual import Encoder, Preprocessing, encoder_of
 from evaclip.encoder.image_tower import ImageTower, load_image_tower
 from evaclip.encoder.sources import (
     clip_of_checkpoint,
@@ -25,5 +25,4 @@ __all__ = [
     "encoder_of_export",
     "load_encoder",
     "load_image_tower",
-    "weights_hash",
 ]

@@ -19,6 +19,7 @@ from evaclip.data.transforms import MEAN, STD, evaluation_pixels
 from evaclip.models.clip import Clip
 from evaclip.models.plain import PlainClip
 from evaclip.models.weights.names import TEXT_ROOTS
+from evaclip.openclip import QuickGELU
 from evaclip.records import unstructured
 
 Triple = tuple[float, float, float]
@@ -79,24 +80,36 @@ class Encoder:
     """Where the weights come from, for records."""
     known_space: str | None = None
     """The `space_id` of the model that this one was made from, where its own weights cannot tell."""
+    files: str = ""
+    """Hash of the files of an export: programs show no weights, and one space has them in several precisions."""
 
     @cached_property
     def space_id(self) -> str:
         """What two sets of vectors must share to be compared: 32 hexadecimal digits.
 
-        A hash of the weights as float32 (by name; without the logit scale and bias, which no vector depends on), the
-        preprocessing, and the ids that the tokenizer gives to TOKENIZER_PROBES. So a run, its open_clip export and that
-        export loaded on another device have the same one; a step of training, another resize or another context length
-        makes a new one. Computed once, at the speed of SHA-256 on a few threads.
+        A hash of the weights as float32 (by name; without the logit scale and bias, which no vector depends on) and the
+        kind of GELU, the preprocessing, and the ids that the tokenizer gives to TOKENIZER_PROBES. So a run, its
+        open_clip export and that export loaded on another device have the same one; a step of training, another resize
+        or another context length makes a new one. Computed once, at the speed of SHA-256 on a few threads.
         """
         if self.known_space is not None:
             return self.known_space
-        parts = [weights_hash(self.model.state_dict()), json.dumps(unstructured(self.preprocessing), sort_keys=True)]
+        parts = [self._towers_hash, json.dumps(unstructured(self.preprocessing), sort_keys=True)]
         for probe in TOKENIZER_PROBES:
             ids = self.tokenizer([probe])[0].tolist()
             used = max((place for place, id in enumerate(ids, 1) if id), default=0)  # without padding
             parts.append(json.dumps(ids[:used]))
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
+
+    @property
+    def towers_id(self) -> str:
+        """What a cache of features knows the towers by: their weights, the kind of GELU, the files of an export."""
+        return self._towers_hash + self.files
+
+    @property
+    def _towers_hash(self) -> str:
+        found = weights_hash(self.model.state_dict())  # the same for both kinds of GELU, whose vectors are not
+        return f"{found} quick_gelu" if any(isinstance(m, QuickGELU) for m in self.model.modules()) else found
 
     @torch.inference_mode()
     def images(self, pixels: UInt8[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch dim"]:

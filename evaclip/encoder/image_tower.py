@@ -143,6 +143,8 @@ def _of_encoder(encoder: Encoder, source: str) -> ImageTower:
     model: Any = encoder.model
     visual = model.visual if isinstance(model, Clip) else getattr(model, "visual", None) or model
     tower = visual if isinstance(visual, VisionTower) else getattr(visual, "trunk", None) or visual
+    if not isinstance(tower, nn.Module):
+        raise InputError(f"{source} is a program, which shows no patch tokens: name what it was exported from")
     return ImageTower(name=source, model=tower, preprocessing=encoder.preprocessing)
 
 

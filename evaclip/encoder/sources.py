@@ -1,5 +1,6 @@
 """Where an encoder comes from: a run of ours, an export, a file of weights in any layout, a model of open_clip."""
 
+import hashlib
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -184,6 +185,7 @@ def encoder_of_export(folder: Path, manifest: Manifest, device: torch.device, *,
         device=device,
         origin=manifest.origin | {"export": str(folder)},
         known_space=manifest.space_id,
+        files=hashlib.sha256(json.dumps(manifest.files, sort_keys=True).encode()).hexdigest(),
     )
 
 

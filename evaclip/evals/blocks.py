@@ -7,6 +7,7 @@ in a file of its own, from which an interrupted evaluation goes on and a later o
 
 import hashlib
 import json
+import secrets
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from evaclip.distributed import gathered, rows_of_all
-from evaclip.encoder import Encoder, weights_hash
+from evaclip.encoder import Encoder
 
 # This process's number, and how many share the work.
 Share = tuple[int, int]
@@ -28,15 +29,15 @@ ALONE: Share = (0, 1)
 
 @dataclass(frozen=True)
 class Cache:
-    """A folder of features of a model, which is known by the hash of its weights."""
+    """A folder of features of a model, which is known by its `Encoder.towers_id`."""
 
     folder: Path
-    weights: str
+    towers: str
 
 
 def cache_of(encoder: Encoder, folder: Path) -> Cache:
     """The cache in a folder for a model; reads all weights once."""
-    return Cache(folder, weights_hash(encoder.model.state_dict()))
+    return Cache(folder, encoder.towers_id)
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,9 @@ def _save(folder: Path, block: Block) -> None:
     first = int(min([*block.numbers.tolist(), *block.bad]))
     folder.mkdir(parents=True, exist_ok=True)
     about = {"bad": json.dumps(block.bad), "sha256": _hash(block.features)}
-    beside = _path(folder, first).with_suffix(".new")
+    beside = _path(folder, first).with_suffix(
+        f".new-{secrets.token_hex(4)}"
+    )  # another command may write the same block
     save_file({"numbers": torch.from_numpy(block.numbers), "features": block.features.contiguous()}, beside, about)
     beside.replace(_path(folder, first))
 

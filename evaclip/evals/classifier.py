@@ -5,6 +5,7 @@ processes. Rows are kept by the hash of weights, tokenizer and prompts: ImageNet
 """
 
 import hashlib
+import secrets
 from itertools import islice
 from pathlib import Path
 
@@ -61,7 +62,7 @@ def prompts_hash(card: Card) -> str:
 
 def _identity(encoder: Encoder, cache: Cache) -> str:
     """Hash of what the text features depend on besides the prompts."""
-    return hashlib.sha256(f"{cache.weights} {tokenizer_ids(encoder)}".encode()).hexdigest()
+    return hashlib.sha256(f"{cache.towers} {tokenizer_ids(encoder)}".encode()).hexdigest()
 
 
 def _stored(path: Path | None) -> dict[str, Tensor]:
@@ -78,6 +79,6 @@ def _store(path: Path | None, rows: dict[str, Tensor]) -> None:
     if path is None:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_suffix(".new")
+    beside = path.with_suffix(f".new-{secrets.token_hex(4)}")
     save_file(rows, beside)
     beside.replace(path)

@@ -91,21 +91,22 @@ class FeatureSource:
     times: Times = field(default_factory=Times)
 
     def blocks(self, what: str) -> Iterator[Block]:
-        """This process's blocks. Raises InputError when features are not finite."""
+        """This process's blocks. Whether all features are finite is asked where the processes meet."""
         setting, images = self.setting, self.images
         said = (self.view, images.fingerprint, images.stamp, setting.batch)
         own = blocks_of(len(images), setting.batch, setting.share)
         folder = _folder(setting.cache, "images", *said)
         for block, cached in kept_blocks(own, folder, lambda missing: self._computed(missing, what)):
             self.times.cached += cached * (len(block.numbers) + len(block.bad))
-            yield Block(block.numbers, finite(block.features, self.encoder), block.bad)
+            yield block
 
     def whole(self, title: str, what: str = "images") -> Block:
         """The features of all images in every process.
 
-        Raises InputError when more are damaged than the setting bears, or all.
+        Raises InputError when more are damaged than the setting bears, or all, or when features are not finite.
         """
         found = whole(self.blocks(f"{what} of {title}"), self.setting.share)
+        finite(found.features, self.encoder)
         if not self.setting.allow_partial:
             refuse_too_many_bad(found.bad, self.images, BAD_SHARE, title)
         if not len(found.numbers):
@@ -168,7 +169,7 @@ def caption_features(
     def computed(missing: list[range]) -> Iterable[Block]:
         for numbers in progress(missing, len(missing), what):
             rows = encoder.texts([captions[order[number]] for number in numbers]).cpu()
-            yield Block(np.array(numbers), finite(rows, encoder), {})
+            yield Block(np.array(numbers), rows, {})
 
     folder = None
     if setting.cache is not None:
@@ -176,7 +177,7 @@ def caption_features(
         folder = _folder(setting.cache, "captions", tokenizer_ids(encoder), told, setting.batch)
     own = blocks_of(len(captions), setting.batch, setting.share)
     rows = whole((block for block, _ in kept_blocks(own, folder, computed)), setting.share).features
-    features = torch.empty_like(rows)
+    features = torch.empty_like(finite(rows, encoder))
     features[torch.tensor(order)] = rows
     return features
 
@@ -184,8 +185,13 @@ def caption_features(
 def finite(features: Float[Tensor, "rows dim"], encoder: Encoder) -> Float[Tensor, "rows dim"]:
     """The same; raises InputError if a number among them is none: every comparison with it would be wrong."""
     if not torch.isfinite(features).all():
-        raise InputError(f"{encoder.name} gives features that are not finite: its weights have diverged")
+        raise diverged(encoder)
     return features
+
+
+def diverged(encoder: Encoder) -> InputError:
+    """What is raised when a number among the features is none."""
+    return InputError(f"{encoder.name} gives features that are not finite: its weights have diverged")
 
 
 def tokenizer_ids(encoder: Encoder) -> list[int]:
@@ -214,7 +220,7 @@ def _folder(cache: Cache | None, kind: str, *said: object) -> Path | None:
     """Where blocks lie that depend on the weights and on what is said besides."""
     if cache is None:
         return None
-    return cache.folder / f"{kind}-{hashlib.sha256(repr((cache.weights, *said)).encode()).hexdigest()[:16]}"
+    return cache.folder / f"{kind}-{hashlib.sha256(repr((cache.towers, *said)).encode()).hexdigest()[:16]}"
 
 
 class _Pixels(Dataset[Decoded]):

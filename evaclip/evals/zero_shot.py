@@ -21,7 +21,7 @@ from evaclip.errors import InputError
 from evaclip.evals.blocks import ALONE, Share
 from evaclip.evals.card import Card, load_card
 from evaclip.evals.classifier import class_embeddings
-from evaclip.evals.features import BAD_SHARE, FeatureSource, Setting, none_readable, refuse_too_many_bad
+from evaclip.evals.features import BAD_SHARE, FeatureSource, Setting, diverged, none_readable, refuse_too_many_bad
 from evaclip.evals.layouts import LabelledImages, find_images
 from evaclip.evals.protocol import View, view_of
 from evaclip.evals.scores import ZeroShotResult, save_result
@@ -119,11 +119,16 @@ def zero_shot(
     own = _Ranked()
     for block in source.blocks(f"scoring {card.title}"):
         own.bad |= block.bad
+        own.finite = bool(block.features.isfinite().all())
+        if not own.finite:
+            break
         if len(block.numbers):
             labels = torch.from_numpy(images.labels[block.numbers]).to(encoder.device)
             best, rank = ranked(block.features.to(encoder.device) @ weights.T, labels)
             own.parts.append(np.stack([block.numbers, best.cpu().numpy(), rank.cpu().numpy()]))
     everyone = gathered(own) if setting.share[1] > 1 else [own]
+    if not all(part.finite for part in everyone):  # raised by all of them, so that none waits for one that is gone
+        raise diverged(encoder)
     bad = {number: reason for part in everyone for number, reason in part.bad.items()}
     if not setting.allow_partial:
         # Of videos the card's coverage decides how many may be missing.
@@ -159,6 +164,8 @@ class _Ranked:
     parts: list[np.ndarray] = field(default_factory=list)
     """int64 [3, images] each: number, predicted class, classes before the true one."""
     bad: dict[int, str] = field(default_factory=dict)
+    finite: bool = True
+    """Whether all features were numbers."""
 
 
 def _thumbnails(images: LabelledImages, view: View, numbers: np.ndarray) -> np.ndarray:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from evaclip.data.folder import index_images
+from evaclip.data.folder import index_images, open_folder
 from evaclip.data.pipeline import Batch, Cursor, Stream
 from evaclip.data.shards import DataConfig, ShardSet, SourceConfig
 from evaclip.data.transforms import CropConfig, training_pixels
@@ -147,3 +147,60 @@ def test_links_to_files_are_followed_and_names_in_any_script_are_kept(tmp_path):
     assert len(data) == 2
     stream = Stream(data, Cursor(data.fingerprint, 3, 0), batch_size=2, image_size=16, context=0)
     assert next(iter(stream))[0].images.sum() == 0
+
+
+def test_linked_folders_are_walked_once_and_what_cannot_be_walked_is_said(folder, tmp_path, monkeypatch):
+    (tmp_path / "links").mkdir()
+    for name in ("class0", "class1"):
+        os.symlink(folder / name, tmp_path / "links" / name)
+    os.symlink(tmp_path / "links", folder / "class0" / "back")
+    os.symlink(folder / "class1", folder / "class1" / "itself")
+    own = [path for name in ("class0", "class1") for path in (folder / name).rglob("0*.[pP][nN][gG]")]
+    assert len(opened(tmp_path / "links")) == len(own) < COUNT
+    os.symlink(tmp_path / "gone.png", folder / "class2" / "gone.png")
+    with pytest.raises(InputError, match=r"class2/gone\.png cannot be read: No such file"):
+        opened(folder)
+    (folder / "class2" / "gone.png").unlink()
+    listed = os.scandir
+
+    def forbidden(place):
+        if str(place).endswith("class2"):
+            raise PermissionError(13, "Permission denied", str(place))
+        return listed(place)
+
+    monkeypatch.setattr(os, "scandir", forbidden)
+    with pytest.raises(InputError, match="class2 cannot be read: Permission denied"):
+        opened(folder)
+
+
+def test_names_in_no_encoding_are_kept(folder):
+    before = opened(folder).fingerprint
+    os.rename(next(folder.rglob("0*.png")), os.fsencode(folder) + b"/\xe9.png")
+    data = opened(folder)
+    assert len(data) == COUNT and data.fingerprint != before
+    assert len(batches(data, COUNT // 8)) == COUNT // 8
+
+
+def test_a_run_does_not_go_on_with_the_index_of_a_later_one(folder):
+    data = opened(folder)
+    (folder / "new.png").write_bytes(made_pairs(1, seed=5)[0].image)
+    assert len(batches(data, 1)) == 1  # what it began with is still there
+    assert len(opened(folder)) == COUNT + 1
+    with pytest.raises(InputError, match="is not the one that this run began with"):
+        batches(data, 1)
+
+
+def test_a_disk_that_hiccups_is_asked_again(folder, monkeypatch):
+    shard, usual, failures = open_folder(opened(folder).heads[0][0], None), Path.read_bytes, [1]
+
+    def hiccup(path):
+        if failures and failures.pop():
+            raise OSError(5, "Input/output error")
+        return usual(path)
+
+    monkeypatch.setattr("evaclip.data.folder.RETRY_AFTER", (0.0,))
+    monkeypatch.setattr(Path, "read_bytes", hiccup)
+    assert shard.image(0) == usual(folder / shard.index.keys[0])
+    failures += [1, 1]
+    with pytest.raises(InputError, match="cannot be read: Input/output error"):
+        shard.image(0)

@@ -6,10 +6,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from evaclip import checkpoint, distributed
 from evaclip.cli import main
+from evaclip.encoder import Encoder
 from evaclip.evals import linear_probe, retrieval
 from evaclip.evals.card import load_card
 from evaclip.evals.scores import OF_THE_RUN
@@ -97,3 +99,27 @@ def test_any_number_of_processes_writes_the_same(tmp_path, world):
     for path in caches[0]:
         one, many = (load_file(tmp_path / cache / path) for cache in ("cache_of_one", "cache_of_many"))
         assert one.keys() == many.keys() and all(torch.equal(one[name], many[name]) for name in one)
+
+
+def scored_by_one_that_diverged(folder: str) -> list[int]:
+    """The same of a model that makes no number of a single image, so that one process alone meets it."""
+    usual = Encoder.images
+
+    def images(encoder: Encoder, pixels: torch.Tensor) -> torch.Tensor:
+        found = usual(encoder, pixels)
+        return found / (pixels.flatten(1).float().mean(1, keepdim=True) > 0)  # of a black one
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Encoder, "images", images)
+        return scored(folder, "diverged", "cache_of_diverged")
+
+
+def test_a_process_that_meets_what_is_no_number_does_not_leave_the_others_waiting(tmp_path):
+    made_run(tmp_path / "run")
+    made_data(tmp_path)
+    for path in (
+        tmp_path / "data" / "test" / CIFAR.classes[9] / "059.png",
+        tmp_path / "captioned" / "images" / NAMES[9],
+    ):
+        Image.new("RGB", (24, 20)).save(path)
+    assert in_ranks(2, scored_by_one_that_diverged, str(tmp_path)) == [[2] * 5] * 2

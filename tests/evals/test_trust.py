@@ -11,8 +11,9 @@ from PIL import Image
 
 from evaclip.cli import main
 from evaclip.errors import InputError
+from evaclip.evals import blocks
 from evaclip.evals.alarm import permutation_alarm
-from evaclip.evals.blocks import cache_of
+from evaclip.evals.blocks import Block, cache_of
 from evaclip.evals.card import Card, load_card
 from evaclip.evals.classifier import class_embeddings
 from evaclip.evals.features import Setting
@@ -244,6 +245,24 @@ def test_the_cache_knows_weights_data_view_and_prompts(tmp_path):
     with torch.no_grad():
         model.model.anything.add_(1)
     assert encoded() == 1
+
+
+def test_two_commands_may_keep_the_same_block_at_once(tmp_path, monkeypatch):
+    """As a probe and a zero-shot score of one data set do, which share its test images."""
+    block, usual, others = Block(np.arange(3), torch.eye(3), {}), blocks.save_file, [1]
+
+    def overtaken(*arguments):
+        usual(*arguments)
+        if others:
+            others.pop()
+            list(kept())
+
+    def kept():
+        return blocks.kept_blocks([range(3)], tmp_path, lambda missing: [block])
+
+    monkeypatch.setattr(blocks, "save_file", overtaken)
+    assert [cached for _, cached in kept()] == [False]
+    assert [cached for _, cached in kept()] == [True] and len(list(tmp_path.iterdir())) == 1
 
 
 def test_the_classifier_is_shared_over_the_imagenet_family(tmp_path):
