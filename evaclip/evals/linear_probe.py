@@ -38,8 +38,8 @@ EXPONENTS = (-6.0, -4.0, -2.0, 0.0, 2.0)
 HALVINGS = (1.0, 0.5)
 ITERATIONS = 1000
 TEMPERATURE = 0.07
-# Images whose logits or similarities are there at a time.
-ROWS = 65_536
+# Images whose logits are there at a time, and similarities of test to training images: 1 GB.
+ROWS, SIMILARITIES = 65_536, 2**28
 # Test images whose neighbours a process looks for before the next one's turn.
 TEST_ROWS = 1024
 
@@ -278,7 +278,7 @@ def neighbour_votes(
 ) -> Float[Tensor, "test classes"]:
     """The weights of the votes of each test image's nearest training images."""
     votes = test.new_zeros(len(test), classes)
-    for start in range(0, len(test), rows := max(1, 64 * ROWS // len(train))):
+    for start in range(0, len(test), rows := max(1, SIMILARITIES // len(train))):
         near, which = (test[start : start + rows] @ train.T).topk(min(neighbours, len(train)), dim=1)
         votes[start : start + rows].scatter_add_(1, labels[which], ((near - 1) / TEMPERATURE).exp())
     return votes

@@ -39,7 +39,7 @@ def _run(name: str, vision: VisionShape, text: TextShape, *, teacher: str, dim: 
         batch_size=BATCH,
         model=ClipShape(name=name, dim=dim, vision=vision, text=text),
         data=DataConfig(
-            sources=(SourceConfig(name="imagenet1k", shards=("data/imagenet1k",)),),
+            sources=(SourceConfig(name="imagenet1k", shards=("data/imagenet1k/train",)),),
             crop=CropConfig(scale=(0.08, 1.0), flip=True),
             workers=8,
         ),
