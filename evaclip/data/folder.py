@@ -91,20 +91,25 @@ class OpenFolder:
     def image(self, sample: int) -> bytes:
         """The bytes of a file. Raises InputError for one that is gone or has another size than when it was indexed."""
         path, size = self.path.parent / self.index.keys[sample], int(self.index.spans[sample, 1])
-        for pause in (*RETRY_AFTER, None):
-            try:
-                data = path.read_bytes()
-                break
-            except OSError as error:
-                if pause is None or isinstance(error, FileNotFoundError):
-                    raise InputError(f"{path} cannot be read: {error.strerror}") from None
-                time.sleep(pause)
+        data = _read(path)
         if len(data) != size:
             raise InputError(
                 f"{path} has {len(data):,} bytes and had {size:,} when it was indexed: the data has changed; remove "
                 f"{self.path.parent / '.evaclip'} to index the folder again"
             )
         return data
+
+
+def _read(path: Path) -> bytes:
+    """The bytes of a file, with a few more tries when the file system hiccups. Raises InputError."""
+    for pause in (*RETRY_AFTER, None):
+        try:
+            return path.read_bytes()
+        except OSError as error:
+            if pause is None or isinstance(error, FileNotFoundError):
+                raise InputError(f"{path} cannot be read: {error.strerror}") from None
+        time.sleep(pause)
+    raise AssertionError("the last try returns or raises")
 
 
 def _known(folder: Path, record: Path) -> list[ShardHead] | None:
