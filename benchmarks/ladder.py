@@ -117,10 +117,11 @@ def main() -> None:
         ["the CLIP run starts", "pairs", "images of masked modelling before it", "top-1 of the seeds, %", "mean",
          "pairs until it scores as the run from random at its end"],
         [row(name, curve, goal) for name, curve in curves.items()],
-        f"CIFAR-10's 10,000 test images, zero-shot; training images re-encoded as JPEG. Tower: EVA-02, "
-        f"{CLIP.model.vision.depth} blocks of width {CLIP.model.vision.width}, 64 patches of which a CLIP run sees 32; "
-        f"batch {CLIP.batch_size}. A rung of masked modelling: {MIM.steps} steps of {MIM.batch_size} images, captions "
-        "unused; the teacher's own pairs are not counted. The same recipe, rates included, for every CLIP run.",
+        "CIFAR-10's 10,000 test images, zero-shot; training images re-encoded as JPEG. Tower: EVA-02, "
+        f"{CLIP.model.vision.depth} blocks of width {CLIP.model.vision.width}, "
+        f"{CLIP.objective.seen(CLIP.model.vision.patches)}; batch {CLIP.batch_size}. A rung of masked modelling: "
+        f"{MIM.steps} steps of {MIM.batch_size} images, captions unused; the teacher's own pairs are not counted. The "
+        "same recipe, rates included, for every CLIP run.",
     )  # fmt: skip
 
 
