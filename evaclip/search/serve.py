@@ -1,5 +1,6 @@
 """Search over HTTP, with a page: what `evaclip serve` does."""
 
+import contextlib
 import ipaddress
 import socket
 from dataclasses import dataclass
@@ -65,10 +66,9 @@ def run_serve(command: ServeCommand) -> None:
     server = uvicorn.Server(
         uvicorn.Config(app, log_level="warning", limit_concurrency=CONNECTIONS, server_header=False, lifespan="off")
     )
-    try:
+    with contextlib.suppress(KeyboardInterrupt):  # raised again by uvicorn, unless the loop had ended just then
         server.run(sockets=[listening])
-    except KeyboardInterrupt:
-        say("stopped")
+    say("stopped")
 
 
 def _token(path: Path | None) -> str | None:
