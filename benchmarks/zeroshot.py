@@ -6,9 +6,11 @@ peer: pip install clip-benchmark, in an environment of its own, since it pins ol
 
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -28,8 +30,9 @@ from evaclip.evals.scores import ZeroShotResult
 from evaclip.evals.zero_shot import zero_shot
 from evaclip.log import quiet
 
+T, U = TypeVar("T"), TypeVar("U")
 RUN, CIFAR = "runs/eva02_tiny_cifar10", Path("data/cifar10")
-BATCH, WORKERS = 256, 2
+BATCH, WORKERS, ROUNDS = 256, 2, 5
 FAMILY = ("imagenet", "imagenet_v2", "imagenet_sketch", "imagenet_a", "imagenet_r")
 # Of CIFAR-10's images, of the 80 templates, and of each set's images: so few that the peer ends within a minute or two.
 TESTED, TEMPLATES, IMAGES = 4000, 4, 200
@@ -66,11 +69,21 @@ def ours(encoder: Encoder, card: Card, images: LabelledImages, cache: Path | Non
         return zero_shot(encoder, card, images, setting)
 
 
-def timed(work) -> tuple[float, object]:
+def timed(work: Callable[[], T]) -> tuple[float, T]:
     """Seconds and result."""
     start = time.perf_counter()
     found = work()
     return time.perf_counter() - start, found
+
+
+def raced(own: Callable[[Path], T], peer: Callable[[], U], folder: Path) -> tuple[float, T, float, U]:
+    """The shortest of ROUNDS runs of each, in turns, and what it found; ours with an empty cache each time."""
+    mine = [timed(lambda: own(folder / "0"))]
+    others = [timed(peer)]
+    for number in range(1, ROUNDS):
+        mine.append(timed(lambda cache=folder / str(number): own(cache)))
+        others.append(timed(peer))
+    return (*min(mine, key=lambda run: run[0]), *min(others, key=lambda run: run[0]))
 
 
 def shares(results: list[ZeroShotResult], seconds: float) -> str:
@@ -101,19 +114,23 @@ def main() -> None:
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         ours(encoder, card, replace(images, keys=images.keys[:512]), None)  # both libraries are warm
-        peer, predictions = timed(lambda: theirs(encoder, card, images))
-        own, result = timed(lambda: ours(encoder, card, images, Path(folder)))
+        own, result, peer, predictions = raced(
+            lambda cache: ours(encoder, card, images, cache), lambda: theirs(encoder, card, images), Path(folder)
+        )
         same = f"{(result.predictions == predictions).mean():.2%} of {len(predictions):,}"
         alone = shares([result], own)
-        again, result = timed(lambda: ours(encoder, card, images, Path(folder)))
+        again, result = timed(lambda: ours(encoder, card, images, Path(folder) / "0"))
         rows.append(row(f"CIFAR-10, {len(images):,} images, end to end", len(images), own, peer, same))
         kept = f"{(result.predictions == predictions).mean():.2%}"
         rows.append(row("the same once more, features kept", len(images), again, peer, kept))
     with tempfile.TemporaryDirectory() as folder:
         cards = [replace(load_card(n), templates=load_card(n).templates[:TEMPLATES], real_labels=False) for n in FAMILY]
         sets = [(card, made(Path(folder), card)) for card in cards]
-        peer, predictions = timed(lambda: [theirs(encoder, *one) for one in sets])
-        own, results = timed(lambda: [ours(encoder, *one, Path(folder) / "cache") for one in sets])
+        own, results, peer, predictions = raced(
+            lambda cache: [ours(encoder, *one, cache) for one in sets],
+            lambda: [theirs(encoder, *one) for one in sets],
+            Path(folder) / "cache",
+        )
         together = shares(results, own)
         equal = [(r.predictions == p).mean() for r, p in zip(results, predictions, strict=True)]
         what = f"ImageNet family, {len(sets)} sets of {IMAGES} photographs, {TEMPLATES} of 80 templates"
@@ -125,8 +142,9 @@ def main() -> None:
         rows,
         f"Peer: clip_benchmark {version('clip_benchmark')}, its `zero_shot_classifier` and `run_classification` with "
         f"autocast off. Model: EVA02-tiny, {encoder.preprocessing.size} px, on the CPU. Both: {WORKERS} decoding "
-        f"processes, batches of {BATCH}. Of evaclip's time, on CIFAR-10 {alone}; on the family {together}; the "
-        "rest is the text tower, hashes and the record. The peer encodes the classes of each set anew.",
+        f"processes, batches of {BATCH}; the shortest of {ROUNDS} runs, in turns. Of evaclip's time, on CIFAR-10 "
+        f"{alone}; on the family {together}; the rest is the text tower, hashes and the record. The peer encodes the "
+        "classes of each set anew.",
     )
 
 

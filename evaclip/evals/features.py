@@ -133,13 +133,13 @@ class FeatureSource:
             num_workers=workers,
             prefetch_factor=2 * -(-self.setting.batch // PIECE) if workers else None,  # two blocks for each worker
             multiprocessing_context="fork" if workers else None,
-            collate_fn=list,
+            collate_fn=_packed,
         )
         found: list[Decoded] = []
         sizes = iter([len(block) for block in missing])
         size = next(sizes)
         for piece in loader:
-            found += piece
+            found += _unpacked(*piece)
             if len(found) == size:
                 yield found
                 found, size = [], next(sizes, 0)
@@ -221,6 +221,19 @@ def _folder(cache: Cache | None, kind: str, *said: object) -> Path | None:
     if cache is None:
         return None
     return cache.folder / f"{kind}-{hashlib.sha256(repr((cache.towers, *said)).encode()).hexdigest()[:16]}"
+
+
+def _packed(decoded: Sequence[Decoded]) -> tuple[list[tuple[int, int, str]], Tensor]:
+    """Decoded images with all frames in one tensor: each tensor that leaves a worker costs a file descriptor."""
+    frames = [pixels for _, pixels, _ in decoded if pixels is not None]
+    about = [(number, 0 if pixels is None else len(pixels), reason) for number, pixels, reason in decoded]
+    return about, torch.cat(frames) if frames else torch.empty(0)
+
+
+def _unpacked(about: Sequence[tuple[int, int, str]], frames: Tensor) -> list[Decoded]:
+    """The inverse of `_packed`."""
+    parts = iter(frames.split([count for _, count, _ in about if count]))
+    return [(number, next(parts) if count else None, reason) for number, count, reason in about]
 
 
 class _Pixels(Dataset[Decoded]):
