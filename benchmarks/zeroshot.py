@@ -32,7 +32,7 @@ from evaclip.log import quiet
 
 T, U = TypeVar("T"), TypeVar("U")
 RUN, CIFAR = "runs/eva02_tiny_cifar10", Path("data/cifar10")
-BATCH, WORKERS, ROUNDS = 256, 2, 5
+BATCH, WORKERS, ROUNDS = 256, 2, 4
 FAMILY = ("imagenet", "imagenet_v2", "imagenet_sketch", "imagenet_a", "imagenet_r")
 # Of CIFAR-10's images, of the 80 templates, and of each set's images: so few that the peer ends within a minute or two.
 TESTED, TEMPLATES, IMAGES = 4000, 4, 200
