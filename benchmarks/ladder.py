@@ -45,7 +45,9 @@ def climb(seed: int) -> None:
         command = ["train", *(word.format(**folders) for word in words)]
         command += ["--seed", str(seed), "--run-dir", folders[name], "--resume", "auto"]
         print("evaclip", *command, flush=True)
-        subprocess.run([sys.executable, "-m", "evaclip", *command], check=True)
+        status = subprocess.run([sys.executable, "-m", "evaclip", *command]).returncode
+        if status:  # what was wrong has been said; a stop is no error of the script's either
+            sys.exit(status)
 
 
 def scores(name: str) -> tuple[np.ndarray, np.ndarray]:
