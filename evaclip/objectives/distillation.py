@@ -5,23 +5,22 @@ masked, and the student's tokens, through a linear map, meet the teacher's after
 without parameters. It asks nothing of the teacher but a feature map, so that one without logits will do (CLIP, DINO).
 """
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from evaclip.data.masks import drop_path_factors
 from evaclip.data.pipeline import Batch
 from evaclip.data.transforms import normalized
-from evaclip.distributed import mean_over_processes
 from evaclip.encoder import ImageTower, load_image_tower
 from evaclip.errors import InputError
 from evaclip.models.distilled import DistilledTower
 from evaclip.models.shapes import ClipShape
+from evaclip.objectives.teacher import TaughtObjective
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,8 +61,8 @@ class DistillationConfig:
         return f"all {patches} patches seen, feature map of the teacher {self.teacher}"
 
 
-class DistillationObjective(nn.Module):
-    """See `engine.Objective`. The only feature is the loss, [1]."""
+class DistillationObjective(TaughtObjective):
+    """Its loss is of whole feature maps."""
 
     def __init__(self, config: DistillationConfig, student: DistilledTower, teacher: ImageTower, seed: int) -> None:
         super().__init__()
@@ -81,23 +80,6 @@ class DistillationObjective(nn.Module):
         with torch.no_grad():
             target = whitened(self._teacher.feature_map(batch.images))
         return (distance(self.student(normalized(batch.images), drop), target, self.config.beta)[None],)
-
-    def loss(self, features: Sequence[Tensor]) -> tuple[Tensor, Mapping[str, Tensor]]:
-        """The mean over micro-batches, which are of one size; logged is that of all processes."""
-        loss = features[0].mean()
-        return loss, {"loss": mean_over_processes(loss)}
-
-    def join(self, parts: Sequence[Sequence[Tensor]]) -> tuple[Tensor, ...]:
-        """The losses of all parts."""
-        return (torch.cat([part[0] for part in parts]),)
-
-    def constrain(self) -> list[nn.Parameter]:
-        """Nothing has to hold of the parameters."""
-        return []
-
-    def layers(self) -> dict[str, list[list[str]]]:
-        """The tower's layers."""
-        return self.student.layers()
 
 
 def whitened(feature_map: Float[Tensor, "batch tokens channels"]) -> Float[Tensor, "batch tokens channels"]:

@@ -5,23 +5,21 @@ patches replaced by a mask token, the teacher sees all of it, and the loss is th
 student's and the teacher's features at the masked patches.
 """
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from evaclip.data.masks import block_masks, drop_path_factors
 from evaclip.data.pipeline import Batch
 from evaclip.data.transforms import normalized
-from evaclip.distributed import mean_over_processes
 from evaclip.encoder import Encoder, load_encoder
 from evaclip.errors import InputError
 from evaclip.models.mim import MaskedTower
 from evaclip.models.shapes import ClipShape
-from evaclip.objectives.teacher import patch_features
+from evaclip.objectives.teacher import TaughtObjective, patch_features
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,8 +63,8 @@ class MimConfig:
         return f"{self.masked(patches)} of {patches} patches masked, teacher {self.teacher}"
 
 
-class MimObjective(nn.Module):
-    """See `engine.Objective`. The only feature is the loss, [1]."""
+class MimObjective(TaughtObjective):
+    """Its loss is of masked patches, of which each image has as many."""
 
     def __init__(self, config: MimConfig, student: MaskedTower, teacher: Encoder, seed: int) -> None:
         super().__init__()
@@ -88,23 +86,6 @@ class MimObjective(nn.Module):
         target = patch_features(self._teacher[0], batch.images)[mask]
         found = self.student(normalized(batch.images), mask, drop)
         return (-F.cosine_similarity(found.float(), target, dim=1).mean()[None],)
-
-    def loss(self, features: Sequence[Tensor]) -> tuple[Tensor, Mapping[str, Tensor]]:
-        """The mean over micro-batches, which have as many masked patches each; logged is that of all processes."""
-        loss = features[0].mean()
-        return loss, {"loss": mean_over_processes(loss)}
-
-    def join(self, parts: Sequence[Sequence[Tensor]]) -> tuple[Tensor, ...]:
-        """The losses of all parts."""
-        return (torch.cat([part[0] for part in parts]),)
-
-    def constrain(self) -> list[nn.Parameter]:
-        """Nothing has to hold of the parameters."""
-        return []
-
-    def layers(self) -> dict[str, list[list[str]]]:
-        """The tower's layers."""
-        return self.student.layers()
 
 
 def _check(teacher: Encoder, shape: ClipShape, config: MimConfig) -> None:

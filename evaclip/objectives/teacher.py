@@ -1,5 +1,6 @@
-"""A frozen model whose patch features are what a student learns to predict."""
+"""A frozen model whose patch features are what a student learns to predict, and what such objectives share."""
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -7,9 +8,33 @@ import torch.nn.functional as F
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
+from evaclip.distributed import mean_over_processes
 from evaclip.encoder import Encoder
 from evaclip.errors import InputError
 from evaclip.models.clip import Clip
+
+
+class TaughtObjective(nn.Module):
+    """What objectives with a frozen teacher share. See `engine.Objective`; the only feature is the loss, [1]."""
+
+    student: Any
+
+    def loss(self, features: Sequence[Tensor]) -> tuple[Tensor, Mapping[str, Tensor]]:
+        """The mean over micro-batches, whose losses count alike; logged is that of all processes."""
+        loss = features[0].mean()
+        return loss, {"loss": mean_over_processes(loss)}
+
+    def join(self, parts: Sequence[Sequence[Tensor]]) -> tuple[Tensor, ...]:
+        """The losses of all parts."""
+        return (torch.cat([part[0] for part in parts]),)
+
+    def constrain(self) -> list[nn.Parameter]:
+        """Nothing has to hold of the parameters."""
+        return []
+
+    def layers(self) -> dict[str, list[list[str]]]:
+        """The tower's layers."""
+        return self.student.layers()
 
 
 def patch_features(
